@@ -68,14 +68,13 @@ class Assignment:
     @classmethod
     def from_mask(cls, mask_TE: Tensor, weight_TE: Tensor) -> Assignment:
         """From a boolean (T, E) mask of chosen pairs and a (T, E) matrix that holds their weights."""
-        num_tokens, num_experts = mask_TE.shape
         expert_P, token_P = mask_TE.t().nonzero(as_tuple=True)
         return cls(
             token_P=token_P,
             expert_P=expert_P,
             weight_P=weight_TE[token_P, expert_P],
             offsets_E1=torch.nn.functional.pad(mask_TE.sum(0).cumsum(0), (1, 0)),
-            num_tokens=num_tokens,
+            num_tokens=mask_TE.shape[0],
         )
 
     @property

@@ -5,12 +5,13 @@ Legend: P rows, F expert width, H = 2F for gated activations, F for plain ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "swiglu": (functional.silu, True),
     "geglu": (functional.gelu, True),
     "reglu": (functional.relu, True),

@@ -12,9 +12,7 @@ from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 
 
-def naive(
-    x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation
-) -> Tensor:
+def naive(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation) -> Tensor:
     """y[t] = sum over t's pairs of weight * down_e(activation(up_e(x[t]))), one expert after the other.
 
     Args:

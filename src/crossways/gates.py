@@ -1,0 +1,35 @@
+"""Gates: modules that map hidden states to router logits. They own every parameter of a router.
+
+Legend: B batch, S sequence, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LinearGate(nn.Module):
+    """Logits W x, without bias (Shazeer et al. 2017, arXiv 1701.06538, eq. 2, without the noise).
+
+    The product is computed in float32 whatever the dtype of the model and under autocast too: a selection is a
+    comparison, and bfloat16 logits tie.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Normal initialisation with the given standard deviation."""
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) to float32 logits (B, S, E)."""
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            return functional.linear(x_BSD.float(), self.weight.float())
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.weight.shape[1]}, num_experts={self.weight.shape[0]}"

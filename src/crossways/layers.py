@@ -1,0 +1,124 @@
+"""The routed layers that take the place of a feed-forward network: `MoE` and `CartesianMoE`.
+
+Legend: B batch, S sequence, D model width, F feed-forward width, E experts, A factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from crossways.experts.activation import Activation
+from crossways.experts.module import Experts
+from crossways.router import Router, Routing
+
+
+class FeedForward(nn.Module):
+    """A dense feed-forward network, used as the shared expert: down(activation(up(x))), no bias."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "swiglu") -> None:
+        super().__init__()
+        self.activation = Activation(activation)
+        rows = intermediate_size * (2 if self.activation.gated else 1)
+        self.up_proj = nn.Linear(hidden_size, rows, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        return self.down_proj(self.activation(self.up_proj(x_BSD)))
+
+
+class MoE(nn.Module):
+    """y = sum over chosen experts of weight_e FFN_e(x), plus FFN_shared(x) where there is a shared expert.
+
+    The shared expert (DeepSeekMoE, arXiv 2401.06066, section 3.2; SMoE-Share of CartesianMoE, arXiv 2410.16077) is
+    not routed and not weighted, and may have any width.
+    """
+
+    def __init__(self, router: Router, experts: Experts, shared_expert: nn.Module | None = None) -> None:
+        super().__init__()
+        self.router, self.experts, self.shared_expert = router, experts, shared_expert
+
+    @property
+    def routers(self) -> tuple[Router, ...]:
+        """The layer's routers in the order of its routings."""
+        return (self.router,)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        residual_BSD: Tensor | None = None,
+        *,
+        gates: Sequence[nn.Module | None] = (None,),
+        valid_BS: Tensor | None = None,
+        causal: bool = False,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """
+        Args:
+            x_BSD: the normalised input (B, S, D).
+            residual_BSD: unused; a plain layer depends on its input alone.
+            gates: the shared gate of each router, None for one that owns its gate.
+            valid_BS: boolean (B, S), false for padding.
+            causal: route by the decode twin.
+
+        Returns:
+            What to add to the residual stream (B, S, D), and the routing of each router.
+        """
+        routing = self.router(x_BSD, gate=gates[0], valid_BS=valid_BS, causal=causal)
+        y_BSD = self.experts(x_BSD.flatten(0, 1), routing.assignment).view_as(x_BSD)
+        if self.shared_expert is not None:
+            y_BSD = y_BSD + self.shared_expert(x_BSD)
+        return y_BSD, (routing,)
+
+
+Skip = Literal["factor", "input"]
+
+
+class CartesianMoE(nn.Module):
+    """Routed sub-layers in sequence, so that an expert is a tuple of sub-experts (CartesianMoE, arXiv 2410.16077,
+    figure 1c): h_1 = r + MoE_1(Norm_1(r)), h_2 = h_1 + MoE_2(Norm_2(h_1)), and so on, each with its own router that
+    reads what the previous factor wrote.
+
+    The paper draws neither norms nor the last skip; pre-norm is our reading (LLaMA's), and `skip` selects where the
+    last residual starts: `factor` adds to the previous factor's output, `input` to the layer's input. Norm_1 belongs
+    to the caller, as for any feed-forward network, so one factor alone is exactly `MoE`.
+    """
+
+    def __init__(self, factors: Sequence[MoE], norms: Sequence[nn.Module], skip: Skip = "factor") -> None:
+        """
+        Args:
+            factors: A >= 1 routed sub-layers.
+            norms: the A - 1 norms between them.
+            skip: see above.
+        """
+        super().__init__()
+        if len(norms) != len(factors) - 1:
+            raise ValueError(f"{len(factors)} factors need {len(factors) - 1} norms between them, got {len(norms)}")
+        self.factors, self.norms, self.skip = nn.ModuleList(factors), nn.ModuleList(norms), skip
+
+    @property
+    def routers(self) -> tuple[Router, ...]:
+        """The layer's routers, one per factor, in order."""
+        return tuple(factor.router for factor in self.factors)  # type: ignore[misc]
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        residual_BSD: Tensor,
+        *,
+        gates: Sequence[nn.Module | None] | None = None,
+        valid_BS: Tensor | None = None,
+        causal: bool = False,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """As `MoE.forward`, with the residual stream (B, S, D) that `x_BSD` is the norm of."""
+        gates = gates or (None,) * len(self.factors)
+        added_BSD, routings = self.factors[0](x_BSD, gates=gates[:1], valid_BS=valid_BS, causal=causal)
+        for norm, factor, gate in zip(self.norms, self.factors[1:], gates[1:], strict=True):
+            x_BSD = norm(residual_BSD + added_BSD)
+            y_BSD, routing = factor(x_BSD, gates=(gate,), valid_BS=valid_BS, causal=causal)
+            last_alone = self.skip == "input" and factor is self.factors[-1]
+            added_BSD = y_BSD if last_alone else added_BSD + y_BSD
+            routings = (*routings, *routing)
+        return added_BSD, routings

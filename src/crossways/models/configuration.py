@@ -1,0 +1,109 @@
+"""`CrosswaysConfig`: a LLaMA-style model whose routing is plain JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from crossways.errors import UserError
+from crossways.experts.activation import Activation
+from crossways.rules.score import build_score
+from crossways.rules.select import build_selection
+from crossways.sharing import Sharing, build_sharing
+
+LAYER_KINDS = ("moe", "cartesian")
+SKIPS = ("factor", "input")
+
+
+@strict
+class CrosswaysConfig(LlamaConfig):
+    """Configuration of `CrosswaysModel`: everything of `LlamaConfig`, and which layers are routed and how.
+
+    Rules (`score`, `select`, `sharing`) are a name or a dictionary `{"name": ..., field: value}`; they are stored as
+    dictionaries. Raises `UserError` for an impossible combination.
+    """
+
+    model_type = "crossways"
+
+    moe_every: int = 1
+    """Every n-th layer is routed, the n-th first (n = 2: the second, fourth, ...); 1 is all, 0 none (a dense model)."""
+    layer: str = "moe"
+    """Kind of routed layer: `moe`, or `cartesian` for routed sub-layers in sequence."""
+    num_factors: int = 2
+    """Sub-layers of a `cartesian` layer, each with its own router and experts; 1 is the same as `moe`. 2 in the paper."""
+    cartesian_skip: str = "factor"
+    """Where a Cartesian layer's last residual starts: the previous `factor`'s output, or the layer's `input`."""
+    num_experts: int = 16
+    """Routed experts per router (per factor in a Cartesian layer); customary 8 to 256."""
+    moe_intermediate_size: int = 1024
+    """Width F of a routed expert; fine-grained experts have a fraction of the dense width."""
+    shared_expert_intermediate_size: int = 0
+    """Width of the shared expert (of each factor in a Cartesian layer); 0 for none. Any width is allowed."""
+    expert_activation: str = "swiglu"
+    """Activation of routed and shared experts: swiglu, geglu, reglu, silu, gelu or relu."""
+    score: str | dict[str, Any] = "softmax"
+    """Score rule, e.g. `softmax`, `sigmoid` or `{"name": "unified", "alpha": 0.5}`."""
+    select: str | dict[str, Any] | None = None
+    """Selection rule, e.g. `{"name": "top_c", "k": 2, "group": "sequence"}`; by default token choice with k = 2."""
+    renormalize: bool = False
+    """Scale each token's chosen weights to sum to one (as Mixtral does; OLMoE and USMoE do not)."""
+    sharing: str | dict[str, Any] = "layer"
+    """Which layers share a gate: `layer` (each its own) or `{"name": "block", "size": 4}` (PathMoE)."""
+    load_balance_coef: float = 0.0
+    """Weight of the load-balance loss, summed over routers; 0 is off, customary 0.001 to 0.01."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the router z-loss, summed over routers; 0 is off, customary 0.001."""
+    cutoff_momentum: float = 0.99
+    """Share of the old estimate kept when a router updates its decode twin's threshold; 0.9 to 0.999."""
+    causal_routing: bool = False
+    """Route plain forward passes by the decode twin too, as `generate` always does."""
+    experts_backend: str = "auto"
+    """How expert compute runs: `auto`, or one of `crossways.experts.backends()`. Never changes results beyond rounding."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.select is None:
+            self.select = {"name": "top_k", "k": 2}
+        for field in ("score", "select", "sharing"):
+            if isinstance(spec := getattr(self, field), str):
+                setattr(self, field, {"name": spec})
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of the `strict` validation: every value can be built, and fits the others."""
+        super().validate_architecture()
+        if self.moe_every < 0:
+            raise UserError(f"moe_every must be 0 (dense) or more, got {self.moe_every}")
+        if self.layer not in LAYER_KINDS:
+            raise UserError(f"layer must be one of {LAYER_KINDS}, got {self.layer!r}")
+        if self.cartesian_skip not in SKIPS:
+            raise UserError(f"cartesian_skip must be one of {SKIPS}, got {self.cartesian_skip!r}")
+        for field, least in (
+            ("num_factors", 1),
+            ("num_experts", 1),
+            ("moe_intermediate_size", 1),
+            ("shared_expert_intermediate_size", 0),
+        ):
+            if getattr(self, field) < least:
+                raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
+        Activation(self.expert_activation)
+        build_score(self.score)
+        build_selection(self.select or "top_k").check(self.num_experts)
+        build_sharing(self.sharing)
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the routed layers, in order."""
+        return [i for i in range(self.num_hidden_layers) if self.moe_every and (i + 1) % self.moe_every == 0]
+
+    @property
+    def factors(self) -> int:
+        """Routers per routed layer: `num_factors` in a Cartesian layer, else 1."""
+        return self.num_factors if self.layer == "cartesian" else 1
+
+    @property
+    def gate_plan(self) -> list[tuple[int, ...]]:
+        """Gate index of every router, a tuple per routed layer."""
+        sharing: Sharing = build_sharing(self.sharing)
+        return sharing.plan(len(self.moe_layers), self.factors)

@@ -1,0 +1,98 @@
+"""One decoder layer: transformers' Llama attention and norms around a dense or a routed feed-forward.
+
+Legend: B batch, S sequence, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+
+from crossways.experts.module import Experts
+from crossways.layers import CartesianMoE, FeedForward, MoE
+from crossways.models.configuration import CrosswaysConfig
+from crossways.router import Router, Routing
+from crossways.rules.score import build_score
+from crossways.rules.select import build_selection
+
+
+def build_moe(config: CrosswaysConfig) -> MoE:
+    """One routed (sub-)layer with the configuration's experts and rules; its gate is given at call time."""
+    router = Router(
+        config.num_experts,
+        build_score(config.score),
+        build_selection(config.select or "top_k"),
+        renormalize=config.renormalize,
+        cutoff_momentum=config.cutoff_momentum,
+    )
+    experts = Experts(
+        config.num_experts,
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.expert_activation,
+        config.experts_backend,
+    )
+    shared_width = config.shared_expert_intermediate_size
+    shared = FeedForward(config.hidden_size, shared_width, config.expert_activation) if shared_width else None
+    return MoE(router, experts, shared)
+
+
+def build_routed_layer(config: CrosswaysConfig) -> MoE | CartesianMoE:
+    """The routed layer of the configured kind."""
+    if config.layer == "moe":
+        return build_moe(config)
+    norms = [LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(config.factors - 1)]
+    return CartesianMoE([build_moe(config) for _ in range(config.factors)], norms, config.cartesian_skip)  # type: ignore[arg-type]
+
+
+class CrosswaysDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward, as in LLaMA; also returns what its routers decided."""
+
+    def __init__(self, config: CrosswaysConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        self.is_routed = layer_idx in config.moe_layers
+        self.mlp = build_routed_layer(config) if self.is_routed else LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @property
+    def routers(self) -> tuple[Router, ...]:
+        """The routers of this layer; none in a dense one."""
+        return self.mlp.routers if isinstance(self.mlp, MoE | CartesianMoE) else ()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        gates: Sequence[nn.Module] = (),
+        valid_BS: Tensor | None = None,
+        causal_routing: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """As `LlamaDecoderLayer.forward`, plus the gates of the layer's routers, the padding mask (B, S) and whether
+        to route by the decode twin. Returns the hidden states (B, S, D) and the routings."""
+        attended_BSD, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        residual_BSD = hidden_states + attended_BSD
+        x_BSD = self.post_attention_layernorm(residual_BSD)
+        if not self.is_routed:
+            return residual_BSD + self.mlp(x_BSD), ()
+        y_BSD, routings = self.mlp(x_BSD, residual_BSD, gates=gates, valid_BS=valid_BS, causal=causal_routing)
+        return residual_BSD + y_BSD, routings

@@ -1,0 +1,213 @@
+"""The causal language model, native to transformers.
+
+Legend: B batch, S sequence, D model width, R routers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from crossways.experts.module import Experts
+from crossways.gates import LinearGate
+from crossways.models.configuration import CrosswaysConfig
+from crossways.models.decoder import CrosswaysDecoderLayer
+from crossways.models.losses import auxiliary_losses, share_of_step
+from crossways.models.outputs import RoutedCausalLMOutput, RoutedModelOutput
+from crossways.router import Router
+
+
+class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
+    """Initialisation, and what transformers must know to save, load and record."""
+
+    config_class = CrosswaysConfig
+    config: CrosswaysConfig
+    _no_split_modules = ["CrosswaysDecoderLayer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["cutoff"]  # noqa: RUF012
+    _can_compile_fullgraph = False  # ragged assignments have data-dependent shapes
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": CrosswaysDecoderLayer,
+        "attentions": LlamaAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Experts | LinearGate):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, Router) and module.has_cutoff:
+            init.constant_(module.cutoff, torch.nan)
+
+
+class CrosswaysModel(CrosswaysPreTrainedModel):
+    """Decoder without a language-model head. It owns the gates, so layers that share one hold no copy of it."""
+
+    def __init__(self, config: CrosswaysConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(CrosswaysDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.gate_plan = dict(zip(config.moe_layers, config.gate_plan, strict=True))
+        used = {gate for gates in self.gate_plan.values() for gate in gates}
+        self.gates = nn.ModuleList(LinearGate(config.hidden_size, config.num_experts) for _ in used)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def routers(self) -> list[Router]:
+        """All R routers, layer by layer and factor by factor, in the order of `routings`."""
+        return [router for layer in self.layers for router in layer.routers]
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        causal_routing: bool | None = None,
+        **kwargs: Any,
+    ) -> RoutedModelOutput:
+        """As `LlamaModel.forward`.
+
+        Args:
+            attention_mask: (B, S) with zeros at padding, which then takes no part in routing. Other forms of mask
+                only reach attention.
+            causal_routing: route by each selection's decode twin; default `config.causal_routing`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        length = hidden_states.shape[1]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(start, start + length, device=hidden_states.device)[None]
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        valid_BS = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            valid_BS = attention_mask[:, -length:].bool()
+        routings: tuple = ()
+        for index, layer in enumerate(self.layers):
+            hidden_states, decided = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                gates=[self.gates[gate] for gate in self.gate_plan.get(index, ())],
+                valid_BS=valid_BS,
+                causal_routing=self.config.causal_routing if causal_routing is None else causal_routing,
+                **kwargs,
+            )
+            routings = routings + decided
+        if self.training:
+            for router, routing in zip(self.routers, routings, strict=True):
+                router.observe(routing)
+        return RoutedModelOutput(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, routings=routings
+        )
+
+
+class CrosswaysForCausalLM(CrosswaysPreTrainedModel, GenerationMixin):
+    """`CrosswaysModel` with a language-model head; `generate` routes by the decode twin of every selection."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: CrosswaysConfig) -> None:
+        super().__init__(config)
+        self.model = CrosswaysModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_routings: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> RoutedCausalLMOutput:
+        """As `LlamaForCausalLM.forward`; `causal_routing` may be passed as to `CrosswaysModel.forward`.
+
+        Args:
+            labels: (B, S) token ids, -100 where no loss is taken; the model shifts them.
+            output_routings: also return every router's `Routing`.
+            num_items_in_batch: labels in the whole optimizer step, when this batch is one of several accumulated.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BSV = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        routings = outputs.routings
+        loss = lm_loss = aux = None
+        if labels is not None:
+            lm_loss = self.loss_function(
+                logits=logits_BSV,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            aux, weighted = auxiliary_losses(routings, self.config)
+            loss = lm_loss + weighted * share_of_step(labels, num_items_in_batch)
+        return RoutedCausalLMOutput(
+            loss=loss,
+            logits=logits_BSV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            lm_loss=lm_loss,
+            aux_losses=aux,
+            expert_load=tuple(routing.assignment.load_E() for routing in routings),
+            routings=routings if output_routings else None,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers; routing is causal unless `causal_routing=False` is asked for explicitly."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.setdefault("causal_routing", True)
+        return inputs

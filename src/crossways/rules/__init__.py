@@ -1,0 +1,1 @@
+"""Rules: small frozen values without parameters that score and select token-expert pairs."""

@@ -1,0 +1,109 @@
+"""The contract of a selection.
+
+Legend: B batch, S sequence, E experts, T = B * S tokens (row-major), G groups, N members of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from crossways.assignment import Assignment
+from crossways.errors import UserError
+from crossways.rules.registry import build, catalogue
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Chooses pairs by `choice_BSE` and gives them the weights in `scores_BSE`.
+
+    The two are the same tensor for most rules; they differ where a rule chooses by a biased score and weighs by the
+    unbiased one. Every subclass declares the three properties below, and black-box tests hold it to them.
+    """
+
+    name: ClassVar[str]
+    """What selects the rule in a configuration."""
+    causal: ClassVar[bool]
+    """A later token never changes an earlier token's experts."""
+    batch_invariant: ClassVar[bool]
+    """Another row of the batch, padding included, never changes mine."""
+    exact_budget: ClassVar[bool]
+    """The number of chosen pairs follows from the number of valid tokens alone, not from their content."""
+
+    def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        """Choose pairs.
+
+        Args:
+            choice_BSE: float32 (B, S, E), greater is better.
+            scores_BSE: float32 (B, S, E), the weights of the chosen pairs; gradients flow through these.
+            allowed_BSE: boolean (B, S, E), false for pairs that must not be chosen (padding, disabled experts);
+                None allows all.
+        """
+        raise NotImplementedError
+
+    def check(self, num_experts: int) -> None:
+        """Raise `UserError` if the rule cannot work with this many experts."""
+
+    def decode_twin(self) -> Selection:
+        """The causal, batch-invariant rule to generate with: the rule itself if it is both, else a threshold."""
+        return self
+
+    def cutoff(self, choice_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Tensor | None:
+        """The threshold, (1,) or (E,), that would have spent the same budget on this batch; None if the rule and
+        its decode twin need none."""
+        return None
+
+
+def selection_catalogue() -> dict[str, type[Selection]]:
+    """Every selection by name."""
+    return catalogue(Selection, "crossways.rules.select")
+
+
+def build_selection(spec: str | Mapping[str, Any]) -> Selection:
+    """A selection from its name or its fields; raises `UserError` for an unknown one."""
+    return build(Selection, spec, selection_catalogue())
+
+
+def check_budget(rule: str, k: float, num_experts: int) -> None:
+    """Raise `UserError` unless 0 < k <= E."""
+    if not 0 < k <= num_experts:
+        raise UserError(
+            f"selection {rule!r}: k must lie in (0, number of experts], got k = {k} with {num_experts} experts"
+        )
+
+
+def whole(budget: float) -> int:
+    """A fractional number of pairs rounded half up, so that budgets grow with k without banker's jumps."""
+    return math.floor(budget + 0.5)
+
+
+def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor) -> Tensor:
+    """Mark the `budget_G[g]` greatest allowed entries of each row.
+
+    Args:
+        choice_GN: floating point (G, N).
+        allowed_GN: boolean (G, N) or None.
+        budget_G: int64 (G,), how many to take; more than are allowed takes all allowed.
+
+    Returns:
+        Boolean (G, N). Ties are broken arbitrarily, but the number taken is exact.
+    """
+    most = min(int(budget_G.max()), choice_GN.shape[1]) if budget_G.numel() else 0
+    if allowed_GN is not None:
+        choice_GN = choice_GN.masked_fill(~allowed_GN, -torch.inf)
+    index_GM = choice_GN.topk(most, dim=-1).indices
+    taken_GM = torch.arange(most, device=choice_GN.device) < budget_G[:, None]
+    mask_GN = torch.zeros_like(choice_GN, dtype=torch.bool).scatter(1, index_GM, taken_GM)
+    return mask_GN if allowed_GN is None else mask_GN & allowed_GN
+
+
+def valid_tokens(allowed_BSE: Tensor | None, choice_BSE: Tensor) -> Tensor:
+    """Boolean (B, S): tokens that may choose at least one expert. All of them when `allowed_BSE` is None."""
+    if allowed_BSE is None:
+        return torch.ones(choice_BSE.shape[:2], dtype=torch.bool, device=choice_BSE.device)
+    return allowed_BSE.any(-1)

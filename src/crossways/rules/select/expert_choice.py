@@ -1,0 +1,68 @@
+"""Expert choice: every expert takes its best tokens.
+
+Legend: B batch, S sequence, E experts, G groups, N tokens of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from crossways.assignment import Assignment
+from crossways.errors import UserError
+from crossways.rules.select.base import Selection, check_budget, top_of_groups, valid_tokens
+from crossways.rules.select.threshold import Threshold, pooled_cutoff
+
+Group = Literal["sequence", "batch"]
+
+
+@dataclass(frozen=True)
+class ExpertChoice(Selection):
+    """Each expert takes the n k / E tokens of greatest score in its group of n (Zhou et al. 2022, arXiv 2202.09368,
+    section 3.2: k = n c / e, S = softmax over experts, top-k over tokens, weights are the raw scores).
+
+    Loads are equal by construction; a token may get from zero to E experts. Later tokens, and with group `batch`
+    other rows, take places from earlier ones, so the decode twin is one threshold per expert.
+    """
+
+    name: ClassVar[str] = "expert_choice"
+    causal: ClassVar[bool] = False
+    batch_invariant: ClassVar[bool] = False
+    exact_budget: ClassVar[bool] = True
+
+    k: float
+    """Mean experts per token (the paper's capacity factor c), above 0 and at most E."""
+    group: Group = "sequence"
+    """Among which tokens an expert chooses: those of one `sequence`, or of the whole `batch` as in the paper."""
+
+    def __post_init__(self) -> None:
+        if self.group not in get_args(Group):
+            raise UserError(f"selection 'expert_choice': group must be one of {get_args(Group)}, got {self.group!r}")
+
+    def check(self, num_experts: int) -> None:
+        check_budget(self.name, self.k, num_experts)
+
+    def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        batch, _, num_experts = choice_BSE.shape
+        groups = batch if self.group == "sequence" else 1
+
+        def by_expert(x_BSE: Tensor) -> Tensor:
+            return x_BSE.reshape(groups, -1, num_experts).transpose(1, 2).flatten(0, 1)  # (G * E, N)
+
+        tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
+        capacity_G = (tokens_G * (self.k / num_experts) + 0.5).floor().long()
+        mask_GN = top_of_groups(
+            by_expert(choice_BSE),
+            None if allowed_BSE is None else by_expert(allowed_BSE),
+            capacity_G.repeat_interleave(num_experts),
+        )
+        mask_TE = mask_GN.reshape(groups, num_experts, -1).transpose(1, 2).reshape(-1, num_experts)
+        return Assignment.from_mask(mask_TE, scores_BSE.reshape(-1, num_experts))
+
+    def decode_twin(self) -> Threshold:
+        return Threshold(k=self.k, per_expert=True)
+
+    def cutoff(self, choice_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Tensor:
+        return pooled_cutoff(self.decode_twin(), choice_BSE, allowed_BSE)

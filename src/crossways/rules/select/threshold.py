@@ -1,0 +1,78 @@
+"""Threshold: a pair is chosen when its score reaches a cutoff. The decode twin of the rules that look around.
+
+Legend: B batch, S sequence, E experts, T = B * S tokens, C cutoffs (1 or E).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from crossways.assignment import Assignment
+from crossways.errors import UserError
+from crossways.rules.select.base import Selection, check_budget, valid_tokens, whole
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold(Selection):
+    """X = {(t, e): score[t, e] >= cutoff}: causal and batch-invariant, with the budget met on average only.
+
+    By the optimality condition of USMoE's linear program (arXiv 2503.22996, proposition 3.1) the top-c pairs are
+    those above a common cutoff, the price of one unit of budget; expert choice has one such price per expert. A
+    router learns the cutoff as a running estimate (`Router.observe`) and hands it over with `at`.
+    """
+
+    name: ClassVar[str] = "threshold"
+    causal: ClassVar[bool] = True
+    batch_invariant: ClassVar[bool] = True
+    exact_budget: ClassVar[bool] = False
+
+    k: float = 2.0
+    """Mean experts per token that the running cutoff aims at, above 0 and at most E; unused with a fixed `value`."""
+    per_expert: bool = False
+    """One cutoff per expert, each spending k / E (the twin of expert choice), instead of one for all."""
+    value: float | Tensor | None = None
+    """A fixed cutoff (a number in the scores' range, e.g. 0.05 to 0.5), or None to use the router's estimate."""
+
+    def check(self, num_experts: int) -> None:
+        if self.value is None:
+            check_budget(self.name, self.k, num_experts)
+
+    def at(self, cutoff_C: Tensor) -> Threshold:
+        """This rule with the given cutoffs, (1,) or (E,)."""
+        return replace(self, value=cutoff_C)
+
+    def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        if self.value is None:
+            raise UserError(
+                "selection 'threshold' has no cutoff: give `value`, or train or calibrate the router first"
+            )
+        mask_BSE = choice_BSE >= self.value
+        if allowed_BSE is not None:
+            mask_BSE = mask_BSE & allowed_BSE
+        num_experts = choice_BSE.shape[-1]
+        return Assignment.from_mask(mask_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts))
+
+    def cutoff(self, choice_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Tensor | None:
+        return None if isinstance(self.value, float) else pooled_cutoff(self, choice_BSE, allowed_BSE)
+
+
+def pooled_cutoff(twin: Threshold, choice_BSE: Tensor, allowed_BSE: Tensor | None) -> Tensor:
+    """The cutoff at which `twin` would spend exactly its budget on all tokens of the batch pooled.
+
+    Pooling the batch, rather than averaging the cutoffs of its groups, makes the mean budget come out right: the
+    number of pairs above a cutoff is not linear in the cutoff.
+
+    Returns:
+        Float32 (1,), or (E,) for a per-expert twin. No gradient.
+    """
+    with torch.no_grad():
+        choice_TE = choice_BSE[valid_tokens(allowed_BSE, choice_BSE)]
+        num_tokens, num_experts = choice_TE.shape
+        pools_CN = choice_TE.t() if twin.per_expert else choice_TE.reshape(1, -1)
+        budget = twin.k * num_tokens / (num_experts if twin.per_expert else 1)
+        rank = min(max(whole(budget), 1), pools_CN.shape[1])
+        return pools_CN.topk(rank, dim=-1).values[:, -1].float()

@@ -1,0 +1,76 @@
+"""Global top-c, the mechanism of USMoE: all pairs of a group compete for one budget.
+
+Legend: B batch, S sequence, E experts, G groups, N tokens of a group, C = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from crossways.assignment import Assignment
+from crossways.errors import UserError
+from crossways.rules.select.base import Selection, check_budget, top_of_groups, valid_tokens
+from crossways.rules.select.threshold import Threshold, pooled_cutoff
+
+Group = Literal["sequence", "batch", "position"]
+
+
+@dataclass(frozen=True)
+class TopC(Selection):
+    """The c pairs of greatest score in each group, c = round(k * tokens of the group) (USMoE, arXiv 2503.22996,
+    proposition 3.1: the optimum of max sum x_te s_te subject to sum x_te <= c, x in {0, 1}).
+
+    A token may get from zero to E experts. Padding neither competes nor adds to c. Groups: `sequence` as in the
+    authors' training-free code, `position` (across the batch at one time step) as in their from-scratch code,
+    `batch` for all tokens at once. No group is safe for generation: within a sequence later tokens take budget from
+    earlier ones, across a batch other rows do; the decode twin is a threshold.
+    """
+
+    name: ClassVar[str] = "top_c"
+    causal: ClassVar[bool] = False
+    batch_invariant: ClassVar[bool] = False
+    exact_budget: ClassVar[bool] = True
+
+    k: float
+    """Mean experts per token, above 0 and at most E; may be fractional and below 1."""
+    group: Group = "sequence"
+    """Which tokens share a budget: `sequence`, `batch` or `position`."""
+
+    def __post_init__(self) -> None:
+        if self.group not in get_args(Group):
+            raise UserError(f"selection 'top_c': group must be one of {get_args(Group)}, got {self.group!r}")
+
+    def check(self, num_experts: int) -> None:
+        check_budget(self.name, self.k, num_experts)
+
+    def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        batch, sequence, num_experts = choice_BSE.shape
+        tokens_G = self._grouped(valid_tokens(allowed_BSE, choice_BSE)[..., None]).sum(-1)
+        mask_GN = top_of_groups(
+            self._grouped(choice_BSE),
+            None if allowed_BSE is None else self._grouped(allowed_BSE),
+            (tokens_G * self.k + 0.5).floor().long(),
+        )
+        mask_BSE = self._ungrouped(mask_GN, batch, sequence)
+        return Assignment.from_mask(mask_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts))
+
+    def _grouped(self, x_BSE: Tensor) -> Tensor:
+        """(B, S, *) to (G, N), one group a row."""
+        if self.group == "batch":
+            return x_BSE.reshape(1, -1)
+        by_group = x_BSE if self.group == "sequence" else x_BSE.transpose(0, 1)
+        return by_group.flatten(1)
+
+    def _ungrouped(self, x_GN: Tensor, batch: int, sequence: int) -> Tensor:
+        if self.group == "position":
+            return x_GN.reshape(sequence, batch, -1).transpose(0, 1)
+        return x_GN.reshape(batch, sequence, -1)
+
+    def decode_twin(self) -> Threshold:
+        return Threshold(k=self.k)
+
+    def cutoff(self, choice_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Tensor:
+        return pooled_cutoff(self.decode_twin(), choice_BSE, allowed_BSE)

@@ -1,0 +1,50 @@
+"""Token choice: every token takes its k best experts.
+
+Legend: B batch, S sequence, E experts, T = B * S tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from crossways.assignment import Assignment
+from crossways.errors import UserError
+from crossways.rules.select.base import Selection, check_budget
+
+
+@dataclass(frozen=True)
+class TopK(Selection):
+    """S_t = the k experts of greatest score of token t (Shazeer et al. 2017, arXiv 1701.06538, eq. 3-5).
+
+    k = 1 is the routing of Switch Transformers (arXiv 2101.03961, eq. 1-2).
+    """
+
+    name: ClassVar[str] = "top_k"
+    causal: ClassVar[bool] = True
+    batch_invariant: ClassVar[bool] = True
+    exact_budget: ClassVar[bool] = True
+
+    k: int
+    """Experts per token, 1 to E; usually 1 to 8."""
+
+    def __post_init__(self) -> None:
+        if self.k != int(self.k) or self.k < 1:
+            raise UserError(f"selection 'top_k': k must be a whole number of at least 1, got {self.k}")
+
+    def check(self, num_experts: int) -> None:
+        check_budget(self.name, self.k, num_experts)
+
+    def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        num_experts = choice_BSE.shape[-1]
+        choice_TE, scores_TE = choice_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts)
+        if allowed_BSE is None:
+            index_TK = choice_TE.topk(self.k, dim=-1).indices
+            return Assignment.from_topk(index_TK, scores_TE.gather(-1, index_TK), num_experts)
+        allowed_TE = allowed_BSE.reshape(-1, num_experts)
+        index_TK = choice_TE.masked_fill(~allowed_TE, -torch.inf).topk(self.k, dim=-1).indices
+        mask_TE = torch.zeros_like(allowed_TE).scatter(-1, index_TK, True) & allowed_TE
+        return Assignment.from_mask(mask_TE, scores_TE)
