@@ -107,3 +107,12 @@ class CrosswaysConfig(LlamaConfig):
         """Gate index of every router, a tuple per routed layer."""
         sharing: Sharing = build_sharing(self.sharing)
         return sharing.plan(len(self.moe_layers), self.factors)
+
+    @property
+    def router_names(self) -> list[str]:
+        """A name for every router, in the model's order: `layer 2`, or `layer 2 / factor 1`; layers count from 1."""
+        return [
+            f"layer {layer + 1}" + (f" / factor {factor + 1}" if self.factors > 1 else "")
+            for layer in self.moe_layers
+            for factor in range(self.factors)
+        ]

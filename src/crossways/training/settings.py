@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -24,10 +24,10 @@ class TrainingSettings(Settings):
     """Peak learning rate; 1e-4 (large) to 5e-3 (tiny models)."""
     warmup_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps spent on linear warm-up; 0.01 to 0.1."""
-    lr_scheduler: str = "cosine"
-    """Any schedule transformers knows: cosine, linear, constant_with_warmup, warmup_stable_decay ..."""
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Where the cosine schedule ends, as a share of the peak; customary 0.1."""
+    lr_scheduler: str = "cosine_with_min_lr"
+    """Any schedule transformers knows: cosine_with_min_lr, linear, constant_with_warmup, warmup_stable_decay ..."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default={"min_lr_rate": 0.1})
+    """What the schedule takes; the default ends the cosine at a tenth of the peak."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
