@@ -1,0 +1,171 @@
+"""Evaluate a model on a corpus: perplexity with its protocol, the causal twin's beside it, and robustness.
+
+Legend: R routers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from crossways.study.record import DisabledExpert, Evaluation, ExpertLoad, Protocol
+from crossways.training.corpus import Corpus, utf8_length
+from crossways.training.packing import token_counts
+from crossways.training.tokenizer import encode_documents
+from crossways.training.unigram import unigram_bits_per_byte
+from crossways.training.windows import EvaluationWindows, batch_windows, evaluation_windows
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from crossways.errors import UserError
+from crossways.evaluation.perplexity import Likelihood, score_batches
+from crossways.evaluation.settings import EvaluationSettings
+from crossways.experts import resolve_backend
+from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+from crossways.perturb import DisableTop, perturbed
+from crossways.rules.registry import describe
+from crossways.rules.score import build_score
+from crossways.rules.select import Selection, build_selection
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation, and the loads seen while making it."""
+
+    evaluation: Evaluation
+    expert_load: tuple[ExpertLoad, ...]
+    """Share of executed pairs per expert, for each of the R routers."""
+    load_imbalance: float | None
+    """Mean over routers of greatest load over mean load; 1 is even, E is one expert taking all. None if dense."""
+
+
+def evaluate_model(
+    model: CrosswaysForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    settings: EvaluationSettings,
+    cache_dir: Path,
+) -> Evaluated:
+    """Score the corpus' validation documents under every condition the settings ask for.
+
+    Args:
+        model: a causal language model, dense or routed.
+        tokenizer: the one it was trained with.
+        corpus: validation documents to score; training documents give the unigram floor.
+        settings: the protocol.
+        cache_dir: where tokenised text is kept.
+
+    Raises:
+        UserError: a window longer than the model's context, or a decode twin that was never estimated.
+    """
+    config = model.config
+    if settings.window > config.max_position_embeddings:
+        raise UserError(
+            f"evaluation.window {settings.window} exceeds the model's context of {config.max_position_embeddings}"
+        )
+    windows = _windows(tokenizer, corpus, settings)
+    dtype = getattr(torch, settings.dtype)
+
+    def score(*, causal: bool = False, disable: DisableTop | None = None) -> Likelihood:
+        batches = batch_windows(windows.windows, settings.batch_size, pad_id=tokenizer.eos_token_id)
+        with perturbed(model, disable) if disable else nullcontext():
+            return score_batches(model, batches, causal=causal, dtype=dtype)
+
+    normal = score()
+    reason = leak_reason(config)
+    twin = score(causal=True) if reason else None
+    floor = unigram_bits_per_byte(
+        token_counts(corpus, tokenizer, len(tokenizer), cache_dir),
+        islice(encode_documents(tokenizer, corpus.validation), windows.num_documents),
+        islice(map(utf8_length, corpus.validation), windows.num_documents),
+    )
+    return Evaluated(
+        evaluation=Evaluation(
+            protocol=_protocol(model, windows, settings),
+            perplexity=normal.perplexity,
+            bits_per_byte=normal.bits_per_byte(windows.num_bytes),
+            rule=rule_name(config),
+            leaky=bool(reason),
+            leak_reason=reason,
+            causal_perplexity=twin and twin.perplexity,
+            causal_bits_per_byte=twin and twin.bits_per_byte(windows.num_bytes),
+            budget=normal.budget,
+            causal_budget=twin and twin.budget,
+            disabled=_disabled(score) if config.moe_layers and settings.disable_top else None,
+            unigram_bits_per_byte=floor.bits_per_byte,
+        ),
+        expert_load=expert_loads(config, normal.expert_load),
+        load_imbalance=load_imbalance(normal.expert_load),
+    )
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: EvaluationSettings) -> EvaluationWindows:
+    return evaluation_windows(
+        encode_documents(tokenizer, corpus.validation),
+        map(utf8_length, corpus.validation),
+        settings.window,
+        settings.stride or settings.window,
+        tokenizer.eos_token_id,
+        settings.max_tokens,
+    )
+
+
+def _protocol(model: CrosswaysForCausalLM, windows: EvaluationWindows, settings: EvaluationSettings) -> Protocol:
+    return Protocol(
+        window=settings.window,
+        stride=settings.stride or settings.window,
+        documents=windows.num_documents,
+        tokens=windows.num_tokens,
+        bytes=windows.num_bytes,
+        boundaries="each document alone, after one end-of-text token",
+        dtype=settings.dtype,
+        batch_size=settings.batch_size,
+        experts_backend=resolve_backend(model.config.experts_backend, model.device, getattr(torch, settings.dtype)),
+    )
+
+
+def _disabled(score: Callable[..., Likelihood]) -> DisabledExpert:
+    raw, rescaled = (score(disable=DisableTop(renormalize=renormalize)).perplexity for renormalize in (False, True))
+    return DisabledExpert(raw=raw, renormalized=rescaled)
+
+
+def rule_name(config: CrosswaysConfig) -> str:
+    """The routing rule on one line, such as `top_k(k=2) of softmax()`; `dense` without routed layers."""
+    if not config.moe_layers:
+        return "dense"
+    return f"{describe(_selection(config))} of {describe(build_score(config.score))}"
+
+
+def leak_reason(config: CrosswaysConfig) -> str:
+    """Why the rule's perplexity flatters, in words; empty for a causal, batch-invariant rule or a dense model."""
+    if not config.moe_layers or config.causal_routing:
+        return ""
+    rule = _selection(config)
+    reasons = [] if rule.causal else ["a token's experts depend on later tokens"]
+    if not rule.batch_invariant:
+        reasons.append("a token's experts depend on other rows of the batch")
+    return "; ".join(reasons)
+
+
+def _selection(config: CrosswaysConfig) -> Selection:
+    return build_selection(config.select or "top_k")
+
+
+def load_imbalance(expert_load: tuple[Tensor, ...]) -> float | None:
+    """Mean over routers of greatest over mean load, from (E,) pair counts; None without routers."""
+    if not expert_load:
+        return None
+    ratios = [float(load_E.max() / load_E.double().mean()) for load_E in expert_load]
+    return sum(ratios) / len(ratios)
+
+
+def expert_loads(config: CrosswaysConfig, expert_load: tuple[Tensor, ...]) -> tuple[ExpertLoad, ...]:
+    """Name each router's load and scale it to sum to one."""
+    named = zip(config.router_names, expert_load, strict=True)
+    return tuple(
+        ExpertLoad(router=name, load=tuple((load_E.double() / load_E.sum()).tolist())) for name, load_E in named
+    )
