@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from crossways.errors import UserError
 from crossways.experts.activation import Activation
+from crossways.gates import build_gate
 from crossways.rules.score import build_score
 from crossways.rules.select import build_selection
 from crossways.sharing import Sharing, build_sharing
@@ -21,7 +22,7 @@ SKIPS = ("factor", "input")
 class CrosswaysConfig(LlamaConfig):
     """Configuration of `CrosswaysModel`: everything of `LlamaConfig`, and which layers are routed and how.
 
-    Rules (`score`, `select`, `sharing`) are a name or a dictionary `{"name": ..., field: value}`; they are stored as
+    Rules (`gate`, `score`, `select`, `sharing`) are a name or a dictionary `{"name": ..., field: value}`; they are stored as
     dictionaries. Raises `UserError` for an impossible combination.
     """
 
@@ -43,6 +44,8 @@ class CrosswaysConfig(LlamaConfig):
     """Width of the shared expert (of each factor in a Cartesian layer); 0 for none. Any width is allowed."""
     expert_activation: str = "swiglu"
     """Activation of routed and shared experts: swiglu, geglu, reglu, silu, gelu or relu."""
+    gate: str | dict[str, Any] = "linear"
+    """What maps hidden states to logits: `linear`."""
     score: str | dict[str, Any] = "softmax"
     """Score rule, e.g. `softmax`, `sigmoid` or `{"name": "unified", "alpha": 0.5}`."""
     select: str | dict[str, Any] | None = None
@@ -65,7 +68,7 @@ class CrosswaysConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.select is None:
             self.select = {"name": "top_k", "k": 2}
-        for field in ("score", "select", "sharing"):
+        for field in ("gate", "score", "select", "sharing"):
             if isinstance(spec := getattr(self, field), str):
                 setattr(self, field, {"name": spec})
         super().__post_init__(**kwargs)
@@ -88,6 +91,7 @@ class CrosswaysConfig(LlamaConfig):
             if getattr(self, field) < least:
                 raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
         Activation(self.expert_activation)
+        build_gate(self.gate)
         build_score(self.score)
         build_selection(self.select or "top_k").check(self.num_experts)
         build_sharing(self.sharing)

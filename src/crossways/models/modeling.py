@@ -24,7 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from crossways.experts.module import Experts
-from crossways.gates import LinearGate
+from crossways.gates import Gate, build_gate
 from crossways.models.configuration import CrosswaysConfig
 from crossways.models.decoder import CrosswaysDecoderLayer
 from crossways.models.losses import auxiliary_losses, share_of_step
@@ -48,7 +48,7 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Experts | LinearGate):
+        if isinstance(module, Experts | Gate):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Router) and module.has_cutoff:
@@ -64,7 +64,8 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         self.layers = nn.ModuleList(CrosswaysDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.gate_plan = dict(zip(config.moe_layers, config.gate_plan, strict=True))
         used = {gate for gates in self.gate_plan.values() for gate in gates}
-        self.gates = nn.ModuleList(LinearGate(config.hidden_size, config.num_experts) for _ in used)
+        gate = build_gate(config.gate)
+        self.gates = nn.ModuleList(gate.build(config.hidden_size, config.num_experts) for _ in used)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False

@@ -37,14 +37,14 @@ def catalogue(kind: type[R], package: str) -> dict[str, type[R]]:
     return {cls.name: cls for cls in _subclasses(kind) if "name" in vars(cls)}  # type: ignore[attr-defined]
 
 
-def build(kind: type[R], spec: str | Mapping[str, Any], known: Mapping[str, type[R]]) -> R:
+def build(kind: type[R], spec: str | Mapping[str, Any], known: Mapping[str, type[R]], what: str | None = None) -> R:
     """Build a rule from its name or from `{"name": ..., field: value, ...}`.
 
     Raises:
         UserError: for an unknown rule or field, naming the nearest known one, or a missing or wrong field.
     """
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
-    what = kind.__name__.lower()
+    what = what or kind.__name__.lower()
     name = str(fields.pop("name", None))
     if name not in known:
         hint = nearest(name, list(known))

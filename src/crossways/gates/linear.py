@@ -1,19 +1,24 @@
-"""Gates: modules that map hidden states to router logits. They own every parameter of a router.
+"""The linear gate, used by nearly every published MoE.
 
 Legend: B batch, S sequence, D model width, E experts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from crossways.gates.base import Gate, GateSpec
 
-class LinearGate(nn.Module):
+
+class LinearGate(Gate):
     """Logits W x, without bias (Shazeer et al. 2017, arXiv 1701.06538, eq. 2, without the noise).
 
-    The product is computed in float32 whatever the dtype of the model and under autocast too: a selection is a
+    The product is computed in float32 whatever the dtype of the model, under autocast too: a selection is a
     comparison, and bfloat16 logits tie.
     """
 
@@ -32,4 +37,15 @@ class LinearGate(nn.Module):
             return functional.linear(x_BSD.float(), self.weight.float())
 
     def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
         return f"hidden_size={self.weight.shape[1]}, num_experts={self.weight.shape[0]}"
+
+
+@dataclass(frozen=True)
+class Linear(GateSpec):
+    """One matrix, no bias."""
+
+    name: ClassVar[str] = "linear"
+
+    def build(self, hidden_size: int, num_experts: int) -> LinearGate:
+        return LinearGate(hidden_size, num_experts)
