@@ -1,0 +1,1 @@
+"""From text to training: corpus, tokenizer, windows, trainer."""
