@@ -90,11 +90,26 @@ def test_globs_take_any_suffix_and_sort(tmp_path):
         sources.local_files(f"{tmp_path}/*.csv")
 
 
-def test_mixed_formats_are_refused():
-    files = [Path("a.txt"), Path("b.parquet")]
-    with pytest.raises(UserError, match="data mixes parquet and text files"):
+def test_mixed_or_empty_files_are_refused(tmp_path):
+    files = [tmp_path / name for name in ("a.json", "b.jsonl", "c.parquet")]
+    for file in files:
+        file.touch()
+    with pytest.raises(UserError, match=r"data is empty: 3 file\(s\) without a byte"):
         sources.file_format(files, "data")
-    assert sources.file_format([Path("a.json"), Path("b.jsonl")], "data") == "json"
+    files[0].write_text("{}")
+    with pytest.raises(UserError, match="data mixes json and parquet files"):
+        sources.file_format(files, "data")
+    assert sources.file_format(files[:2], "data") == "json"
+
+
+def test_rows_that_are_not_utf8(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
+    options = {"data_files": [str(path)], "split": "train", "cache_dir": str(tmp_path / "cache")}
+    column = sources.Column(sources.load_table("json", "latin", **options), "text", "latin")
+    assert column[0] == "fine"
+    with pytest.raises(UserError, match="row 1 of latin is not UTF-8"):
+        column[1]
 
 
 def test_slices_and_negative_indices(tmp_path):

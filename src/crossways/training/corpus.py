@@ -25,7 +25,7 @@ class CorpusSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    source: str = "stdlib"
+    source: str = Field(default="stdlib", min_length=1)
     """`stdlib` (the sources of Python's own library, one document per file), a path, directory or glob of
     text, JSONL, JSON or Parquet files, or the name of a Hugging Face dataset."""
     name: str | None = None
@@ -46,7 +46,7 @@ class CorpusSettings(BaseModel):
     """Most UTF-8 bytes taken from the front of the shuffled order, in whole documents; None for all.
     Sensible: from 1e5 up."""
     max_validation_documents: int | None = Field(default=None, ge=1)
-    """Most validation documents; None for no limit. Ends a stream's first pass early. Sensible: 50 to 5000."""
+    """Most validation documents; None for all. Ends a stream's first pass early. Sensible: 50 to 5000."""
 
 
 @dataclass(frozen=True)

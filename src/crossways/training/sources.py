@@ -109,8 +109,16 @@ class Column(Documents):
         return len(self.dataset)
 
     def read(self, index: int) -> str:
-        """The text of a row; a null is an empty document."""
-        return text_of(self.dataset[index], self.field, self.source)
+        """The text of a row; a null is an empty document.
+
+        Raises:
+            UserError: the row is not text, or not UTF-8.
+        """
+        try:
+            row = self.dataset[index]
+        except UnicodeDecodeError as error:
+            raise UserError(f"row {index} of {self.source} is not UTF-8 text: {error.reason}") from error
+        return text_of(row, self.field, self.source)
 
 
 def text_of(row: Mapping[str, Any], field: str, source: str) -> str:
@@ -208,8 +216,10 @@ def file_format(files: Sequence[Path], source: str) -> str:
     """ "text", "json" or "parquet", whichever all files are.
 
     Raises:
-        UserError: they are not all of one format.
+        UserError: they are not all of one format, or all are empty.
     """
+    if not any(file.stat().st_size for file in files):
+        raise UserError(f"corpus {source} is empty: {len(files)} file(s) without a byte")
     formats = {TABLE_FORMATS.get(file.suffix, "text") for file in files}
     if len(formats) > 1:
         raise UserError(
