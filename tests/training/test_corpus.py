@@ -96,6 +96,9 @@ def test_stream_reads_no_further_than_it_must(tmp_path, monkeypatch):
     corpus = load_corpus(settings, 0)
     assert len(texts_of(corpus)) == 50
     assert max(read) < 100
+    read.clear()
+    texts_of(load_corpus(settings.model_copy(update={"shuffle_buffer": 0}), 0))
+    assert max(read) == 49
     settings = settings.model_copy(update={"max_documents": 10**6, "max_validation_documents": 4})
     read.clear()
     corpus = load_corpus(settings, 0)
@@ -171,8 +174,15 @@ def test_broken_json_is_one_line(tmp_path, streaming):
     assert "\n" not in str(caught.value)
 
 
-def test_nulls_are_empty_documents(tmp_path):
-    assert sorted(texts_of(load(tmp_path, ["a", None, "b", " \n"]))) == ["a", "b"]
+@pytest.mark.parametrize("streaming", [False, True], ids=["sequence", "stream"])
+def test_nulls_are_empty_documents(tmp_path, streaming):
+    options = {"streaming": streaming, "max_documents": 40, "validation_fraction": 0.3}
+    assert sorted(texts_of(load(tmp_path, [*TEXTS, None, "", " \n"], **options))) == sorted(TEXTS)
+
+
+def test_duplicates_do_not_use_up_the_limits(tmp_path):
+    limits = {"max_documents": 3, "max_bytes": 3}
+    assert sorted(texts_of(load(tmp_path, [*"aaaaaaaaaaaabc"], **limits))) == ["a", "b", "c"]
 
 
 def test_too_little_text_is_one_line(tmp_path):
