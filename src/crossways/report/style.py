@@ -1,8 +1,8 @@
 """How a variant looks in every plot, and how text from a recipe enters a plot.
 
 The colours were chosen by search for the largest smallest distance (OKLab, at least 0.13) between any two of
-them for normal, protanopic and deuteranopic sight, apart for a light and a dark ground. Symbols and dashes repeat
-what the colours say.
+them for normal, protanopic and deuteranopic sight, apart for a light and a dark ground. Symbols and dashes
+repeat what the colours say.
 """
 
 from __future__ import annotations

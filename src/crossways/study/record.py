@@ -132,7 +132,7 @@ class Evaluation(_Frozen):
 
     @property
     def honest_perplexity(self) -> float | None:
-        """Perplexity that generation would see: the twin's or the rule's own; None if only a leaky one exists."""
+        """Perplexity that generation would see: the twin's or the rule's own; None if all is leaky."""
         return self.causal_perplexity if self.has_twin else None if self.leaky else self.perplexity
 
     @property

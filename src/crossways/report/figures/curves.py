@@ -44,8 +44,8 @@ def mean_curve(records: Sequence[RunRecord]) -> list[tuple[int, float]]:
 def moving_average(values: Sequence[float], share: float = SMOOTHING) -> list[float]:
     """Centred moving average over `share` of the points.
 
-    At the start, where the loss falls fast, the window shrinks evenly, so the first value is exact; at the end
-    it is cut off.
+    At the start, where the loss falls fast, the window shrinks evenly, so the first value is exact; at
+    the end it is cut off.
     """
     half = int(len(values) * share / 2)
     smooth = []

@@ -18,9 +18,9 @@ DOUBLINGS = 3.0
 def load_profile(records: Sequence[RunRecord]) -> dict[str, list[float]]:
     """Relative load by router: load times number of experts (1 is even), busiest first, mean over seeds.
 
-    The number of an expert means nothing from one seed to another, so experts are matched by rank. Routers come
-    in the order of the first record; one that another seed lacks, or has with other experts, is averaged without
-    that seed.
+    The number of an expert means nothing from one seed to another, so experts are matched by rank. Routers
+    come in the order of the first record; one that another seed lacks, or has with other experts, is averaged
+    without that seed.
     """
     profile: dict[str, list[list[float]]] = {}
     for record in records:
