@@ -148,17 +148,18 @@ class _Page:
         shown: list[Row] = [row for row in self.rows if row.figures["disabled_raw"] is not None]
         return self._figure("disabled", disabled_figure(shown)) if shown else None
 
-    def _loads(self) -> list[tuple[str, str, Row]]:
+    def _loads(self) -> list[tuple[str, dict[str, object], Row]]:
         found = ((row, load_figure(self.groups[row.variant])) for row in self.rows)
         drawn = [(row, figure) for row, figure in found if figure is not None]
         return [
-            (self._figure(f"load-{i}", figure), f"var(--v{_slot(self.styles[row.variant])})", row)
+            (self._figure(f"load-{i}", figure), _slot(self.styles[row.variant]), row)
             for i, (row, figure) in enumerate(drawn)
         ]
 
 
-def _slot(style: VariantStyle) -> int:
-    return VARIANT_COLORS.index(style.color)
+def _slot(style: VariantStyle) -> dict[str, object]:
+    """How the style sheet finds the colour of a variant, light or dark."""
+    return {"number": VARIANT_COLORS.index(style.color), "dash": style.dash}
 
 
 def _assets() -> dict[str, object]:

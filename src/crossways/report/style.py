@@ -51,11 +51,11 @@ class VariantStyle:
 
 
 def variant_styles(variants: Iterable[str]) -> dict[str, VariantStyle]:
-    """A style per variant, in order; colours repeat after eight, then with another dash."""
+    """A style per variant, in order; colours repeat after eight, open and dashed."""
     return {
         variant: VariantStyle(
             VARIANT_COLORS[i % len(VARIANT_COLORS)],
-            SYMBOLS[i % len(SYMBOLS)],
+            SYMBOLS[i % len(SYMBOLS)] + ("" if i < len(SYMBOLS) else "-open"),
             DASHES[i // len(VARIANT_COLORS) % len(DASHES)],
         )
         for i, variant in enumerate(variants)

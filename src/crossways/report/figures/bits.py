@@ -98,7 +98,7 @@ def _layout(rows: int, labels: Sequence[str], title: str) -> go.Layout:
     layout = base_layout(90 + 44 * max(rows, 1))
     layout.margin.t = 26
     layout.xaxis.update(
-        title={"text": title, "font": {"size": 12, "color": MUTED}}, nticks=6, tickangle=0, gridcolor=GRID
+        title={"text": title, "font": {"size": 12, "color": MUTED}}, nticks=8, tickangle=0, gridcolor=GRID
     )
     layout.yaxis.update(category_axis(labels))
     return layout

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from crossways.report.style import MUTED, NORMAL, RAW, RENORMALIZED, base_layout, category_axis
+from crossways.report.style import INK, MUTED, NORMAL, RAW, RENORMALIZED, base_layout, category_axis
 from crossways.study.spread import Spread
 from crossways.study.table import Row
 
@@ -77,6 +77,6 @@ def _bars(
         showlegend=True,
         marker={"color": color},
         error_x={"array": [spread.deviation or 0.0 for _, spread in bars], "thickness": 1.2, "width": 3}
-        | {"color": MUTED},
+        | {"color": INK},
         hovertemplate="%{fullData.name}: %{x:.4s}<extra></extra>",
     )
