@@ -1,0 +1,1 @@
+"""Variants times seeds: one record per run, one table over the records."""

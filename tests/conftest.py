@@ -1,0 +1,78 @@
+"""Synthetic records: cheap, deterministic, and as hostile as a recipe may be."""
+
+import math
+
+import pytest
+
+from crossways.study.record import (
+    CurvePoint,
+    DisabledExpert,
+    Evaluation,
+    ExpertLoad,
+    Parameters,
+    Protocol,
+    RunRecord,
+    Training,
+)
+
+PROTOCOL = Protocol(
+    window=64,
+    stride=32,
+    documents=7,
+    tokens=1000,
+    bytes=3400,
+    boundaries="each document alone",
+    dtype="float32",
+    batch_size=4,
+    experts_backend="grouped",
+)
+
+
+@pytest.fixture(scope="session")
+def make_record():
+    """A factory of records; `bits` are the honest bits per byte, `leaky` adds a better figure that cheats."""
+
+    def make(variant="moe", seed=0, bits=2.0, leaky=False, dense=False, label=None, **changes):
+        evaluation = Evaluation(
+            protocol=PROTOCOL,
+            perplexity=2 ** (3 * bits) * (0.5 if leaky else 1.0),
+            bits_per_byte=bits - (1 / 3 if leaky else 0.0),
+            rule="top_c(k=2)" if leaky else "top_k(k=2)",
+            leaky=leaky,
+            leak_reason="competes with later tokens" if leaky else "",
+            causal_perplexity=2 ** (3 * bits) if leaky else None,
+            causal_bits_per_byte=bits if leaky else None,
+            budget=None if dense else 2.0,
+            causal_budget=1.9 if leaky else None,
+            disabled=None if dense else DisabledExpert(raw=300.0, renormalized=200.0),
+            unigram_bits_per_byte=3.5,
+        )
+        curve = [
+            CurvePoint(step=s, tokens=64 * s, loss=3 + 4 * math.exp(-s / 5) + bits) for s in range(1, 31)
+        ]
+        load = (0.4, 0.3, 0.2, 0.1)
+        fields = {
+            "variant": variant,
+            "label": variant if label is None else label,
+            "seed": seed,
+            "parameters": Parameters(total=1_234_567, active=345_678, router=128),
+            "training_flops_per_token": 2.5e6,
+            "training": Training(
+                steps=30,
+                tokens=1920,
+                tokens_per_second=1000.0 + seed,
+                wall_seconds=60.0,
+                peak_memory_bytes=2**29,
+                learning_rate=1e-3,
+                dtype="float32",
+            ),
+            "curve": curve,
+            "evaluation": evaluation,
+            "load_imbalance": None if dense else 1.6,
+            "expert_load": () if dense else [ExpertLoad(router=f"layer {i}", load=load) for i in (1, 3)],
+            "environment": {"torch": "2.13.0"},
+            "recipe_digest": "abc",
+        }
+        return RunRecord(**(fields | changes))
+
+    return make
