@@ -91,11 +91,11 @@ def evaluate_model(
             rule=rule_name(config),
             leaky=bool(reason),
             leak_reason=reason,
-            causal_perplexity=twin and twin.perplexity,
-            causal_bits_per_byte=twin and twin.bits_per_byte(windows.num_bytes),
+            causal_perplexity=twin.perplexity if twin else None,
+            causal_bits_per_byte=twin.bits_per_byte(windows.num_bytes) if twin else None,
             budget=normal.budget,
-            causal_budget=twin and twin.budget,
-            disabled=_disabled(score) if config.moe_layers and settings.disable_top else None,
+            causal_budget=twin.budget if twin else None,
+            disabled=_disabled(score, causal=bool(reason)) if config.moe_layers and settings.disable_top else None,
             unigram_bits_per_byte=floor.bits_per_byte,
         ),
         expert_load=expert_loads(config, normal.expert_load),
@@ -128,8 +128,11 @@ def _protocol(model: CrosswaysForCausalLM, windows: EvaluationWindows, settings:
     )
 
 
-def _disabled(score: Callable[..., Likelihood]) -> DisabledExpert:
-    raw, rescaled = (score(disable=DisableTop(renormalize=renormalize)).perplexity for renormalize in (False, True))
+def _disabled(score: Callable[..., Likelihood], *, causal: bool) -> DisabledExpert:
+    # Under the decode twin where there is one, so that it compares with the honest figure, not the leaky one.
+    raw, rescaled = (
+        score(causal=causal, disable=DisableTop(renormalize=renormalize)).perplexity for renormalize in (False, True)
+    )
     return DisabledExpert(raw=raw, renormalized=rescaled)
 
 

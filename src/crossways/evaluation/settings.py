@@ -19,7 +19,7 @@ class EvaluationSettings(Settings):
     batch_size: int = Field(default=16, ge=1)
     """Windows per forward pass. Changes figures only of rules that are not batch-invariant."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Stop after the document in which this many tokens were scored; None scores all validation documents."""
+    """Score whole documents up to this many tokens, at least one document; None scores all validation documents."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of the evaluation; log-probabilities are float32 always."""
     disable_top: bool = True
