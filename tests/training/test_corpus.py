@@ -156,9 +156,7 @@ def test_hub_failure_is_one_line(monkeypatch):
 def test_wrong_text_field_names_those_there_are(tmp_path, streaming):
     source = write_lines(tmp_path / "c.jsonl", TEXTS, field="content")
     settings = CorpusSettings(source=source, text_field="contents", streaming=streaming, max_documents=9)
-    with pytest.raises(
-        UserError, match=r"no text field 'contents'; .* number, content; did you mean 'content'\?"
-    ):
+    with pytest.raises(UserError, match=r"no text field 'contents'; .* number, content; did you mean 'content'\?"):
         load_corpus(settings, 0, tmp_path / "cache")
     with pytest.raises(UserError, match=r"field 'number' of .* holds int, not text"):
         load_corpus(settings.model_copy(update={"text_field": "number"}), 0, tmp_path / "cache")

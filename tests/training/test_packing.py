@@ -15,6 +15,7 @@ from crossways.training.packing import (
     PackedWindows,
     StreamedWindows,
     TokenizedDocuments,
+    token_counts,
     tokenize_train,
     training_windows,
 )
@@ -79,9 +80,7 @@ def test_tokens_are_mapped_from_disk_and_found_again(corpus, tokenizer, tmp_path
     assert isinstance(data.tokens, np.memmap)
     expected = [[*ids, tokenizer.eos_token_id] for ids in encode_documents(tokenizer, TEXTS)]
     assert [data.tokens[a:b].tolist() for a, b in zip(data.starts, data.starts[1:], strict=False)] == expected
-    unread = Corpus(
-        train=iter(()), validation=[], fingerprint="train"
-    )  # would give no tokens if it were read
+    unread = Corpus(train=iter(()), validation=[], fingerprint="train")  # would give no tokens if it were read
     assert np.array_equal(tokenize_train(unread, tokenizer, tmp_path).tokens, data.tokens)
     other = Corpus(TEXTS[:5], ["validation"], fingerprint="other")
     assert len(tokenize_train(other, tokenizer, tmp_path).starts) == 6
@@ -101,10 +100,13 @@ def test_racing_for_the_tokens(corpus, tokenizer, tmp_path):
     assert len(list((tmp_path / "tokens").iterdir())) == 1
 
 
-def test_counts():
-    counts = tokenized([[1, 1, 2], [2]]).counts(vocab_size=101)
-    assert counts.nonzero()[0].tolist() == [1, 2, EOS]
-    assert counts[[1, 2, EOS]].tolist() == [2, 2, 2]
+@pytest.mark.parametrize("streaming", [False, True], ids=["sequence", "stream"])
+def test_token_counts(tokenizer, tmp_path, streaming):
+    corpus = Corpus(["aab", "b"], ["validation"], "x", streaming)
+    counts = token_counts(corpus, tokenizer, 300, tmp_path)
+    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    assert {i: int(counts[i]) for i in counts.nonzero()[0]} == {a: 2, b: 2, tokenizer.eos_token_id: 2}
+    assert counts.shape == (300,)
 
 
 @pytest.mark.parametrize("length", [2, 7, 64])

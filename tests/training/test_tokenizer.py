@@ -19,9 +19,7 @@ def corpus_of(train, validation=("validation",)) -> Corpus:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return load_tokenizer(
-        TokenizerSettings(vocab_size=280), corpus_of(TRAIN), tmp_path_factory.mktemp("cache")
-    )
+    return load_tokenizer(TokenizerSettings(vocab_size=280), corpus_of(TRAIN), tmp_path_factory.mktemp("cache"))
 
 
 @settings(max_examples=200)
@@ -94,9 +92,7 @@ def test_training_text_can_be_limited(tmp_path):
 
 def test_named_tokenizer_is_loaded_as_it_is(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
-    named = load_tokenizer(
-        TokenizerSettings(name=str(tmp_path / "saved")), corpus_of(["x"]), tmp_path / "cache"
-    )
+    named = load_tokenizer(TokenizerSettings(name=str(tmp_path / "saved")), corpus_of(["x"]), tmp_path / "cache")
     assert named.get_vocab() == tokenizer.get_vocab()
     assert named.eos_token_id == tokenizer.eos_token_id
     assert [*encode_documents(named, TRAIN)] == [*encode_documents(tokenizer, TRAIN)]

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crossways.errors import UserError
 from crossways.training.windows import IGNORED, batch_windows, evaluation_windows
 
 BOS = 7
@@ -80,7 +81,7 @@ def test_budget_takes_whole_documents_and_counts_their_bytes(case, budget):
 
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (4, 0), (4, 5)])
 def test_impossible_sizes(window, stride):
-    with pytest.raises(ValueError, match=f"window={window}, stride={stride}"):
+    with pytest.raises(UserError, match=f"window={window}, stride={stride}"):
         evaluation_windows([[1]], [1], window, stride, BOS)
 
 
@@ -98,9 +99,7 @@ def test_batches_hold_every_window_and_mask_padding(case, batch_size):
     rows, widths = [], []
     for batch in batch_windows(windows, batch_size, pad_id=3):
         widths.append(batch["input_ids"].shape[1])
-        for ids, mask, labels in zip(
-            *(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True
-        ):
+        for ids, mask, labels in zip(*(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
             length = int(mask.sum())
             assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
             assert ids[length:].eq(3).all()

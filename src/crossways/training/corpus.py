@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from crossways.errors import UserError
+from crossways.settings import Settings
 from crossways.training import sources
 
 
-class CorpusSettings(BaseModel):
+class CorpusSettings(Settings):
     """Which text to learn from, how much of it, and how much to hold out."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     source: str = Field(default="stdlib", min_length=1)
     """`stdlib` (the sources of Python's own library, one document per file), a path, directory or glob of
@@ -126,9 +125,7 @@ def _open_table(settings: CorpusSettings, cache_dir: Path | None) -> Any:
 def _split_sequence(documents: Sequence[str], settings: CorpusSettings, seed: int) -> Corpus:
     kept, digests, capped = _take(documents, settings, seed)
     if capped and len(kept) < 2:
-        raise UserError(
-            f"corpus.max_bytes={settings.max_bytes} holds {len(kept)} whole document(s); raise it"
-        )
+        raise UserError(f"corpus.max_bytes={settings.max_bytes} holds {len(kept)} whole document(s); raise it")
     _require_two(len(kept), len(documents), settings)
     held_out = min(max(1, round(settings.validation_fraction * len(kept))), len(kept) - 1)
     held_out = min(held_out, settings.max_validation_documents or held_out)
@@ -137,9 +134,7 @@ def _split_sequence(documents: Sequence[str], settings: CorpusSettings, seed: in
     return Corpus(train, validation, fingerprint)
 
 
-def _take(
-    documents: Sequence[str], settings: CorpusSettings, seed: int
-) -> tuple[list[int], list[bytes], bool]:
+def _take(documents: Sequence[str], settings: CorpusSettings, seed: int) -> tuple[list[int], list[bytes], bool]:
     """Indices and hashes of the distinct documents at the front of the shuffled order; whether a limit ended
     it."""
     kept: dict[bytes, int] = {}
@@ -221,9 +216,7 @@ class _StreamedTrain:
 
 def _split_stream(settings: CorpusSettings, seed: int, cache_dir: Path | None) -> Corpus:
     if settings.max_documents is None and settings.max_bytes is None:
-        raise UserError(
-            "corpus.streaming needs corpus.max_documents or corpus.max_bytes, to know where to stop"
-        )
+        raise UserError("corpus.streaming needs corpus.max_documents or corpus.max_bytes, to know where to stop")
     stream = _Stream(settings, seed, cache_dir)
     seen = hashlib.sha256(f"{settings.model_dump_json()} {seed}".encode())
     validation: dict[str, None] = {}  # a dict, so that a repeated document is scored once

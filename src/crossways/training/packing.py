@@ -36,13 +36,6 @@ class TokenizedDocuments:
     starts: np.ndarray
     """Where each document starts, and the number of tokens at the end, int64 (number of documents + 1,)."""
 
-    def counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs, int64 (vocab_size,)."""
-        counts = np.zeros(vocab_size, dtype=np.int64)
-        for start in range(0, len(self.tokens), 2**22):  # bincount widens to int64, so piece by piece
-            counts += np.bincount(self.tokens[start : start + 2**22], minlength=vocab_size)
-        return counts
-
 
 class PackedWindows(Dataset[dict[str, Tensor]]):
     """Windows of `sequence_length` consecutive tokens over documents in an order shuffled by the seed;
@@ -102,9 +95,7 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
         UserError: while iterating, when the whole stream does not fill one window.
     """
 
-    def __init__(
-        self, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
-    ) -> None:
+    def __init__(self, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
         self.documents = documents
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
@@ -148,6 +139,24 @@ def training_windows(
     if corpus.streaming:
         return StreamedWindows(corpus.train, tokenizer, sequence_length)
     return PackedWindows(tokenize_train(corpus, tokenizer, cache_dir), sequence_length, seed)
+
+
+def token_counts(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int, cache_dir: Path) -> np.ndarray:
+    """How often each token occurs in the training documents, ends of documents included, int64 (vocab_size,).
+
+    A stream is read once more for it, up to the limits of its settings.
+    """
+    if corpus.streaming:
+        ids = encode_documents(tokenizer, corpus.train)
+        pieces = (np.array([*document, tokenizer.eos_token_id]) for document in ids)
+    else:
+        tokens = tokenize_train(corpus, tokenizer, cache_dir).tokens
+        # bincount widens to int64, so piece by piece
+        pieces = (tokens[start : start + 2**22] for start in range(0, len(tokens), 2**22))
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for piece in pieces:
+        counts += np.bincount(piece, minlength=vocab_size)
+    return counts
 
 
 def tokenize_train(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> TokenizedDocuments:

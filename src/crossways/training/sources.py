@@ -172,9 +172,7 @@ def stdlib_files() -> list[Path]:
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     files = [path for path in found if not path.name.startswith("_sysconfigdata")]
     if not files:
-        raise UserError(
-            f"this Python has no library sources in {root}; set corpus.source to text of your own"
-        )
+        raise UserError(f"this Python has no library sources in {root}; set corpus.source to text of your own")
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -191,9 +189,7 @@ def local_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        below = (
-            file for file in path.rglob("*") if file.is_file() and _is_corpus_file(file.relative_to(path))
-        )
+        below = (file for file in path.rglob("*") if file.is_file() and _is_corpus_file(file.relative_to(path)))
         files = sorted(below)
     else:
         files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))

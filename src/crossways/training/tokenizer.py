@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from crossways.errors import UserError
+from crossways.settings import Settings
 from crossways.training.corpus import Corpus, utf8_length
 
 END_OF_TEXT = "<|endoftext|>"
@@ -23,10 +24,8 @@ PADDING = "<|padding|>"
 MIN_VOCAB_SIZE = 256 + 2  # every byte, and the two special tokens
 
 
-class TokenizerSettings(BaseModel):
+class TokenizerSettings(Settings):
     """Which tokenizer to use: an existing one, or one trained on the corpus."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     name: str | None = None
     """Name or path of an existing tokenizer, as `AutoTokenizer` takes it; None trains one on the training
@@ -103,9 +102,7 @@ def _named(name: str) -> PreTrainedTokenizerBase:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load tokenizer {name!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer {name!r} has no end-of-sequence token, which separates documents; choose another"
-        )
+        raise UserError(f"tokenizer {name!r} has no end-of-sequence token, which separates documents; choose another")
     return tokenizer
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossways.errors import UserError
+
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
@@ -74,10 +76,11 @@ def evaluation_windows(
             scored.
 
     Raises:
-        ValueError: sizes out of range, lists of unequal length, no tokens at all.
+        UserError: sizes out of range.
+        ValueError: lists of unequal length, no tokens at all.
     """
     if window < 2 or not 1 <= stride <= window:
-        raise ValueError(f"need window >= 2 and 1 <= stride <= window, got window={window}, stride={stride}")
+        raise UserError(f"need window >= 2 and 1 <= stride <= window, got window={window}, stride={stride}")
     windows: list[EvalWindow] = []
     num_documents = num_tokens = num_bytes = 0
     for ids, length in zip(token_ids_per_document, bytes_per_document, strict=True):
