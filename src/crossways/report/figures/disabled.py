@@ -60,7 +60,7 @@ def _ticks(figure: go.Figure) -> list[float]:
         if decades < 4
         else (1,)
     )
-    return [step * 10.0**power for power in range(low, high + 1) for step in steps]
+    return [step * 10.0**power for power in range(low, high + 1, max(1, decades // 8)) for step in steps]
 
 
 def _bars(
