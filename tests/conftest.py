@@ -47,9 +47,7 @@ def make_record():
             disabled=None if dense else DisabledExpert(raw=300.0, renormalized=200.0),
             unigram_bits_per_byte=3.5,
         )
-        curve = [
-            CurvePoint(step=s, tokens=64 * s, loss=3 + 4 * math.exp(-s / 5) + bits) for s in range(1, 31)
-        ]
+        curve = [CurvePoint(step=s, tokens=64 * s, loss=3 + 4 * math.exp(-s / 5) + bits) for s in range(1, 31)]
         load = (0.4, 0.3, 0.2, 0.1)
         fields = {
             "variant": variant,

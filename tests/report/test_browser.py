@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from crossways.report import render_report
-from crossways.study.record import Comparison
+from crossways.study.record import Comparison, ExpertLoad
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -47,6 +47,8 @@ def dump(tmp_path_factory):
 def report(make_record, tmp_path_factory):
     records = [make_record("a", s, bits=2 + s / 50) for s in (0, 1)]
     records += [make_record(HOSTILE, s, label=HOSTILE, leaky=True) for s in (0, 1)]
+    ragged = [ExpertLoad(router="layer 1", load=(0.5, 0.5)), ExpertLoad(router="layer 2", load=(0.1,) * 10)]
+    records += [make_record("ragged", 0, expert_load=ragged)]
     records += [make_record("diverged", 0, bits=float("nan")), make_record("dense", 0, dense=True)]
     comparison = Comparison(title="C", question=HOSTILE, variants=("a", HOSTILE, "diverged"), baseline="a")
     texts = {"title": "Plain title", "notice": HOSTILE, "recipe_text": HOSTILE, "comparisons": [comparison]}
@@ -72,11 +74,11 @@ def plot(dom, name):
 def test_every_plot_is_drawn(opened):
     dom, log = opened
     drawn, failed = (re.search(rf'data-plots-{word}="(\d+)"', dom).group(1) for word in ("drawn", "failed"))
-    assert (drawn, failed) == ("7", "0"), log
+    assert (drawn, failed) == ("8", "0"), log
     assert plot(dom, "bits-1").count('class="point"') >= 6
     assert plot(dom, "change-1").count('class="point"') >= 3
-    # Two seeds and a mean for each of two variants, the one seed of dense, nothing of the diverged one.
-    assert plot(dom, "curves").count('class="js-line"') == 7
+    # Two seeds and a mean for each of two variants, the one seed of two more, nothing of the diverged one.
+    assert plot(dom, "curves").count('class="js-line"') == 8
     assert plot(dom, "disabled").count('class="point"') >= 8
     # Chromium draws a heatmap as one image made on the spot.
     assert re.search(r'<image[^>]+href="data:image/png', plot(dom, "load-0"))

@@ -65,9 +65,7 @@ def test_every_text_is_escaped(page, make_record):
     records = [make_record(HOSTILE, s, label=HOSTILE, description=HOSTILE, leaky=True) for s in (0, 1)]
     hostile = records[0].evaluation.model_copy(update={"rule": HOSTILE, "leak_reason": HOSTILE})
     records[0] = records[0].model_copy(update={"evaluation": hostile, "environment": {HOSTILE: HOSTILE}})
-    comparison = Comparison(
-        title=HOSTILE, question=HOSTILE, variants=(HOSTILE, "gone" + HOSTILE), baseline=HOSTILE
-    )
+    comparison = Comparison(title=HOSTILE, question=HOSTILE, variants=(HOSTILE, "gone" + HOSTILE), baseline=HOSTILE)
     text = page(
         records,
         title=HOSTILE,
@@ -91,9 +89,7 @@ def test_dagger_dash_and_best_are_in_the_table(page, make_record):
     text = page(records)
     cells = Tags(text).all("td")
     assert len([c for c in cells if "leaky" in (c.get("class") or "")]) == 2
-    assert {c["title"] for c in cells if "missing" in (c.get("class") or "")} >= {
-        "dense model: it has no router"
-    }
+    assert {c["title"] for c in cells if "missing" in (c.get("class") or "")} >= {"dense model: it has no router"}
     assert all(c.get("title") for c in cells if "missing" in (c.get("class") or ""))
     best = re.findall(r'<td class="[^"]*best[^"]*"[^>]*>([\d.]+)', text)
     assert best == ["64.07", "2.000"] or best == ["64.07", "2.001"]
@@ -123,9 +119,7 @@ def test_a_variant_without_run_is_named_and_a_bare_study_still_renders(page, mak
 def test_warnings_name_what_spoils_the_comparison(page, make_record):
     record = make_record("b", 1)
     other = record.evaluation.protocol.model_copy(update={"window": 128})
-    record = record.model_copy(
-        update={"evaluation": record.evaluation.model_copy(update={"protocol": other})}
-    )
+    record = record.model_copy(update={"evaluation": record.evaluation.model_copy(update={"protocol": other})})
     text = page([make_record("a", 0), record])
     assert "different protocols" in text
     assert "Not every variant has a finished run for every seed." in text

@@ -57,12 +57,8 @@ def test_the_best_is_emphasised_only_beyond_the_spread(make_record, gap, wins):
 
 
 def test_one_seed_is_never_emphasised_and_nan_never_wins(make_record):
-    assert (
-        best_row(summarize([make_record("a"), make_record("b", bits=3.0)]), BY_KEY["bits_per_byte"]) is None
-    )
-    records = [
-        make_record(v, s, bits=b) for v, b in (("a", math.nan), ("b", 2.0), ("c", 3.0)) for s in (0, 1)
-    ]
+    assert best_row(summarize([make_record("a"), make_record("b", bits=3.0)]), BY_KEY["bits_per_byte"]) is None
+    records = [make_record(v, s, bits=b) for v, b in (("a", math.nan), ("b", 2.0), ("c", 3.0)) for s in (0, 1)]
     assert best_row(summarize(records), BY_KEY["bits_per_byte"]).variant == "b"
 
 

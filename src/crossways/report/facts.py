@@ -29,9 +29,7 @@ def warnings(records: Sequence[RunRecord]) -> list[str]:
     """What makes the figures of this page hard to compare; empty when nothing does."""
     found = []
     if len({record.evaluation.protocol for record in records}) > 1:
-        found.append(
-            "The runs were evaluated under different protocols; compare only those of the same protocol."
-        )
+        found.append("The runs were evaluated under different protocols; compare only those of the same protocol.")
     if len({record.training.tokens for record in records}) > 1:
         found.append("The runs did not see the same number of training tokens.")
     seeds: dict[str, set[int]] = {}

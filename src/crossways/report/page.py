@@ -109,9 +109,7 @@ class _Page:
 
     def _table(self) -> dict[str, object]:
         best = {column.key: best_row(self.rows, column) for column in COLUMNS}
-        body = [
-            (row, [(cell(row, column), best[column.key] is row) for column in COLUMNS]) for row in self.rows
-        ]
+        body = [(row, [(cell(row, column), best[column.key] is row) for column in COLUMNS]) for row in self.rows]
         heads = [(group, len(list(columns))) for group, columns in groupby(COLUMNS, key=lambda c: c.group)]
         starts = {next(i for i, c in enumerate(COLUMNS) if c.group == group) for group, _ in heads}
         marked = any(shown.leaky for _, cells in body for shown, _ in cells)
@@ -134,9 +132,7 @@ class _Page:
             "missing": [variant for variant in comparison.members if variant not in self.groups],
             "differences": [(row, _slot(self.styles[row.variant])) for row in rows],
             "bits": self._figure(f"bits-{number + 1}", bits) if bits else None,
-            "change": self._figure(f"change-{number + 1}", difference_figure(drawn, self.styles))
-            if drawn
-            else None,
+            "change": self._figure(f"change-{number + 1}", difference_figure(drawn, self.styles)) if drawn else None,
             "leaky": any(r.evaluation.leaky for variant in present for r in self.groups[variant]),
         }
 

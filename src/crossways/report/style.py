@@ -105,6 +105,7 @@ def figure_json(figure: go.Figure) -> str:
     text = figure.to_json(engine="json", validate=False)
     assert text is not None
     json.loads(text, parse_constant=_refuse)
+    # Plotly escapes it too, but does not promise to.
     return text.replace("<", "\\u003c")
 
 

@@ -38,6 +38,7 @@ class Column:
 
 
 DENSE = "dense model: it has no router"
+UNDISTURBED = "dense model, or the recipe does not ask for it"
 OWN_TWIN = "the rule is causal: the figure at the left is its own"
 
 
@@ -150,7 +151,7 @@ COLUMNS: tuple[Column, ...] = (
         "Perplexity with each token's top-1 routed expert disabled, the other weights left as they are.",
         lambda r: r.evaluation.disabled.raw if r.evaluation.disabled else None,
         fixed(2),
-        missing=DENSE,
+        missing=UNDISTURBED,
     ),
     Column(
         "disabled_renormalized",
@@ -159,7 +160,7 @@ COLUMNS: tuple[Column, ...] = (
         "The same with the other weights scaled up to the sum they had before.",
         lambda r: r.evaluation.disabled.renormalized if r.evaluation.disabled else None,
         fixed(2),
-        missing=DENSE,
+        missing=UNDISTURBED,
     ),
     Column(
         "load_imbalance",

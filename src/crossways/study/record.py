@@ -179,7 +179,7 @@ class RunRecord(_Frozen):
     load_imbalance: float | None = None
     """Mean over routers of largest load / mean load; 1 is perfectly even; None for a dense model."""
     expert_load: tuple[ExpertLoad, ...] = ()
-    """Load of each router, first layer first; empty for a dense model."""
+    """Load of each router on the validation text under the training rule, first layer first; empty if dense."""
     environment: dict[str, str] = {}
     """Versions, processor, threads, date."""
     recipe_digest: str

@@ -74,9 +74,7 @@ def group_by_variant(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]
     for record in records:
         group = groups.setdefault(record.variant, [])
         if any(other.seed == record.seed for other in group):
-            raise ValueError(
-                f"two records of variant {record.variant!r} have seed {record.seed}; pass one per seed"
-            )
+            raise ValueError(f"two records of variant {record.variant!r} have seed {record.seed}; pass one per seed")
         group.append(record)
     return {variant: sorted(group, key=lambda r: r.seed) for variant, group in groups.items()}
 
@@ -149,9 +147,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 def to_rich(rows: Sequence[Row], title: str | None = None, headline: bool = True) -> Table:
     """The table for a terminal; `headline` leaves out the columns that a terminal has no room for."""
     notes = "\n".join(_footnote(rows)[1:])
-    table = Table(
-        title=title and Text(title), caption=notes or None, box=box.SIMPLE_HEAD, caption_justify="left"
-    )
+    table = Table(title=title and Text(title), caption=notes or None, box=box.SIMPLE_HEAD, caption_justify="left")
     table.add_column("Variant", overflow="fold")
     columns = [column for column in COLUMNS if column.headline or not headline]
     best = {column.key: best_row(rows, column) for column in columns}
@@ -159,8 +155,7 @@ def to_rich(rows: Sequence[Row], title: str | None = None, headline: bool = True
         table.add_column(f"{column.group}\n{column.title}", justify="right")
     for row in rows:
         cells = [
-            Text(_text(cell(row, column)), style="bold" if best[column.key] is row else "")
-            for column in columns
+            Text(_text(cell(row, column)), style="bold" if best[column.key] is row else "") for column in columns
         ]
         # Text and not str: a label in square brackets is no markup.
         table.add_row(Text(row.label), *cells)

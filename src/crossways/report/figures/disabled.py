@@ -25,18 +25,14 @@ def disabled_figure(rows: Sequence[Row]) -> go.Figure:
     lowest = []
     for place, (key, name, color) in enumerate(SERIES):
         found = [(y, row.figures[key]) for y, row in enumerate(shown)]
-        bars = [
-            (y, spread) for y, spread in found if spread is not None and spread.finite and spread.mean > 0
-        ]
+        bars = [(y, spread) for y, spread in found if spread is not None and spread.finite and spread.mean > 0]
         lowest += [spread.mean for _, spread in bars]
         _bars(figure, bars, name, color, offset=(place - 1) * 0.26 - 0.12)
     figure.layout.yaxis.update(category_axis([row.label for row in shown]))
     title = {"text": "validation perplexity per token, logarithmic", "font": {"size": 12, "color": MUTED}}
     figure.layout.xaxis.update(type="log", title=title, tickvals=_ticks(figure), tickformat="~s", tickangle=0)
     if lowest:
-        highest = max(
-            s.mean + (s.deviation or 0) for r in shown for k, _, _ in SERIES if (s := _finite(r, k))
-        )
+        highest = max(s.mean + (s.deviation or 0) for r in shown for k, _, _ in SERIES if (s := _finite(r, k)))
         figure.layout.xaxis.range = [math.log10(min(lowest) * 0.8), math.log10(highest * 1.08)]
     return figure
 
@@ -53,19 +49,11 @@ def _ticks(figure: go.Figure) -> list[float]:
         return []
     low, high = math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1
     decades = high - low - 2
-    steps = (
-        (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-        if max(values) < 5 * min(values)
-        else (1, 2, 5)
-        if decades < 4
-        else (1,)
-    )
-    return [step * 10.0**power for power in range(low, high + 1) for step in steps]
+    steps = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if max(values) < 5 * min(values) else (1, 2, 5) if decades < 4 else (1,)
+    return [step * 10.0**power for power in range(low, high + 1, max(1, decades // 8)) for step in steps]
 
 
-def _bars(
-    figure: go.Figure, bars: Sequence[tuple[int, Spread]], name: str, color: str, offset: float
-) -> None:
+def _bars(figure: go.Figure, bars: Sequence[tuple[int, Spread]], name: str, color: str, offset: float) -> None:
     figure.add_bar(
         orientation="h",
         y=[y for y, _ in bars],

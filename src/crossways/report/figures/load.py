@@ -30,9 +30,7 @@ def load_profile(records: Sequence[RunRecord]) -> dict[str, list[float]]:
             ranked = profile.setdefault(router.router, [])
             if not ranked or len(ranked[0]) == len(relative):
                 ranked.append(relative)
-    return {
-        name: [statistics.fmean(rank) for rank in zip(*seeds, strict=True)] for name, seeds in profile.items()
-    }
+    return {name: [statistics.fmean(rank) for rank in zip(*seeds, strict=True)] for name, seeds in profile.items()}
 
 
 def load_figure(records: Sequence[RunRecord]) -> go.Figure | None:
