@@ -12,12 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from crossways.study.record import DisabledExpert, Evaluation, ExpertLoad, Protocol
-from crossways.training.corpus import Corpus, utf8_length
-from crossways.training.packing import token_counts
-from crossways.training.tokenizer import encode_documents
-from crossways.training.unigram import unigram_bits_per_byte
-from crossways.training.windows import EvaluationWindows, batch_windows, evaluation_windows
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +24,12 @@ from crossways.perturb import DisableTop, perturbed
 from crossways.rules.registry import describe
 from crossways.rules.score import build_score
 from crossways.rules.select import Selection, build_selection
+from crossways.study.record import DisabledExpert, Evaluation, ExpertLoad, Protocol
+from crossways.training.corpus import Corpus, utf8_length
+from crossways.training.packing import token_counts
+from crossways.training.tokenizer import encode_documents
+from crossways.training.unigram import unigram_bits_per_byte
+from crossways.training.windows import EvaluationWindows, batch_windows, evaluation_windows
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crossways.training.corpus import Corpus
-from crossways.training.packing import training_windows
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from crossways.errors import UserError
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+from crossways.training.corpus import Corpus
 from crossways.training.memory import peak_memory_bytes, reset_peak_memory
+from crossways.training.packing import training_windows
 from crossways.training.settings import TrainingSettings
 from crossways.training.trainer import CrosswaysTrainer
 
