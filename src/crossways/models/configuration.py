@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import os
+from pathlib import Path
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
 from crossways.errors import UserError
@@ -13,26 +17,61 @@ from crossways.rules.score import build_score
 from crossways.rules.select import build_selection
 from crossways.sharing import Sharing, build_sharing
 
+POINTER_MODULE = "modeling_crossways"
+POINTER_SOURCE = '''"""Leads transformers' Auto classes to the installed `crossways` package."""
+
+from crossways.models import CrosswaysConfig, CrosswaysForCausalLM, CrosswaysModel
+
+__all__ = ["CrosswaysConfig", "CrosswaysForCausalLM", "CrosswaysModel"]
+'''
+AUTO_MAP = {
+    "AutoConfig": f"{POINTER_MODULE}.CrosswaysConfig",
+    "AutoModel": f"{POINTER_MODULE}.CrosswaysModel",
+    "AutoModelForCausalLM": f"{POINTER_MODULE}.CrosswaysForCausalLM",
+}
 LAYER_KINDS = ("moe", "cartesian")
 SKIPS = ("factor", "input")
 
+C = TypeVar("C", bound=type)
 
+
+def user_errors(cls: C) -> C:
+    """Class decorator: a constructor that says in one line, as `UserError`, what `strict` wraps in several."""
+    construct = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            construct(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            cause = error.__cause__
+            message = " ".join(str(cause or error).split())
+            raise UserError(message) from error
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+@user_errors
 @strict
 class CrosswaysConfig(LlamaConfig):
     """Configuration of `CrosswaysModel`: everything of `LlamaConfig`, and which layers are routed and how.
 
     Rules (`score`, `select`, `sharing`) are a name or a dictionary `{"name": ..., field: value}`; they are stored as
     dictionaries. Raises `UserError` for an impossible combination.
+
+    Saving also writes a module of two import lines and an `auto_map`, so that a program that knows only transformers
+    can load the model with `trust_remote_code=True` wherever crossways is installed.
     """
 
     model_type = "crossways"
 
     moe_every: int = 1
-    """Every n-th layer is routed, the n-th first (n = 2: the second, fourth, ...); 1 is all, 0 none (a dense model)."""
+    """Every n-th layer is routed, the n-th first (n = 2: the second, fourth, ...); 1 is all, 0 none (dense)."""
     layer: str = "moe"
     """Kind of routed layer: `moe`, or `cartesian` for routed sub-layers in sequence."""
     num_factors: int = 2
-    """Sub-layers of a `cartesian` layer, each with its own router and experts; 1 is the same as `moe`. 2 in the paper."""
+    """Sub-layers of a `cartesian` layer, each with its own router and experts; 2 in the paper, 1 equals `moe`."""
     cartesian_skip: str = "factor"
     """Where a Cartesian layer's last residual starts: the previous `factor`'s output, or the layer's `input`."""
     num_experts: int = 16
@@ -60,7 +99,7 @@ class CrosswaysConfig(LlamaConfig):
     causal_routing: bool = False
     """Route plain forward passes by the decode twin too, as `generate` always does."""
     experts_backend: str = "auto"
-    """How expert compute runs: `auto`, or one of `crossways.experts.backends()`. Never changes results beyond rounding."""
+    """How expert compute runs: `auto`, or one of `crossways.experts.backends()`; results differ by rounding alone."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.select is None:
@@ -91,6 +130,19 @@ class CrosswaysConfig(LlamaConfig):
         build_score(self.score)
         build_selection(self.select or "top_k").check(self.num_experts)
         build_sharing(self.sharing)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers, plus the module that leads the Auto classes to the installed package."""
+        self.auto_map = dict(AUTO_MAP)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{POINTER_MODULE}.py").write_text(POINTER_SOURCE, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Nothing to do: `save_pretrained` already says where the classes are, without copying their source."""
 
     @property
     def moe_layers(self) -> list[int]:

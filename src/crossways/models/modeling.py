@@ -5,7 +5,7 @@ Legend: B batch, S sequence, D model width, R routers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from crossways.errors import UserError
 from crossways.experts.module import Experts
 from crossways.gates import LinearGate
 from crossways.models.configuration import CrosswaysConfig
@@ -54,6 +55,20 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
         elif isinstance(module, Router) and module.has_cutoff:
             init.constant_(module.cutoff, torch.nan)
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As in transformers, but reentrant checkpointing is refused: it cuts the auxiliary losses off their
+        gradient without a word, since it only follows tensors that a layer returns by themselves."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError("gradient checkpointing needs use_reentrant=False; the other kind loses auxiliary losses")
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Nothing to do: the configuration's `save_pretrained` already says where these classes are. Transformers
+        would copy our source file into every directory saved after loading one with `trust_remote_code`."""
+
 
 class CrosswaysModel(CrosswaysPreTrainedModel):
     """Decoder without a language-model head. It owns the gates, so layers that share one hold no copy of it."""
@@ -73,7 +88,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     @property
     def routers(self) -> list[Router]:
         """All R routers, layer by layer and factor by factor, in the order of `routings`."""
-        return [router for layer in self.layers for router in layer.routers]
+        return [router for layer in self.layers for router in cast(CrosswaysDecoderLayer, layer).routers]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -116,7 +131,8 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 2:
             valid_BS = attention_mask[:, -length:].bool()
         routings: tuple = ()
-        for index, layer in enumerate(self.layers):
+        for index, module in enumerate(self.layers):
+            layer = cast(CrosswaysDecoderLayer, module)
             hidden_states, decided = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -125,12 +141,14 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 gates=[self.gates[gate] for gate in self.gate_plan.get(index, ())],
+                # Copies: `observe` below must not change what a checkpointed layer recomputes in the backward pass.
+                cutoffs=[router.cutoff.clone() if router.has_cutoff else None for router in layer.routers],
                 valid_BS=valid_BS,
                 causal_routing=self.config.causal_routing if causal_routing is None else causal_routing,
                 **kwargs,
             )
             routings = routings + decided
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # sampling from a model in training mode teaches it nothing
             for router, routing in zip(self.routers, routings, strict=True):
                 router.observe(routing)
         return RoutedModelOutput(
@@ -208,6 +226,6 @@ class CrosswaysForCausalLM(CrosswaysPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers; routing is causal unless `causal_routing=False` is asked for explicitly."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         inputs.setdefault("causal_routing", True)
         return inputs
