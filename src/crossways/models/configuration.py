@@ -1,8 +1,8 @@
 """`CrosswaysConfig`: a LLaMA-style model whose routing is plain JSON."""
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: `strict` only checks types that are not strings.
 import functools
+import math
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +40,7 @@ def user_errors(cls: C) -> C:
     construct = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(construct)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             construct(self, *args, **kwargs)
         except StrictDataclassError as error:
@@ -48,7 +48,7 @@ def user_errors(cls: C) -> C:
             message = " ".join(str(cause or error).split())
             raise UserError(message) from error
 
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = constructor  # type: ignore[misc]
     return cls
 
 
@@ -90,11 +90,11 @@ class CrosswaysConfig(LlamaConfig):
     """Scale each token's chosen weights to sum to one (as Mixtral does; OLMoE and USMoE do not)."""
     sharing: str | dict[str, Any] = "layer"
     """Which layers share a gate: `layer` (each its own) or `{"name": "block", "size": 4}` (PathMoE)."""
-    load_balance_coef: float = 0.0
+    load_balance_coef: float | int = 0.0
     """Weight of the load-balance loss, summed over routers; 0 is off, customary 0.001 to 0.01."""
-    router_z_loss_coef: float = 0.0
+    router_z_loss_coef: float | int = 0.0
     """Weight of the router z-loss, summed over routers; 0 is off, customary 0.001."""
-    cutoff_momentum: float = 0.99
+    cutoff_momentum: float | int = 0.99
     """Share of the old estimate kept when a router updates its decode twin's threshold; 0.9 to 0.999."""
     causal_routing: bool = False
     """Route plain forward passes by the decode twin too, as `generate` always does."""
@@ -114,6 +114,8 @@ class CrosswaysConfig(LlamaConfig):
         super().validate_architecture()
         if self.moe_every < 0:
             raise UserError(f"moe_every must be 0 (dense) or more, got {self.moe_every}")
+        if self.moe_every > self.num_hidden_layers:
+            raise UserError(f"moe_every = {self.moe_every} leaves no routed layer among {self.num_hidden_layers}")
         if self.layer not in LAYER_KINDS:
             raise UserError(f"layer must be one of {LAYER_KINDS}, got {self.layer!r}")
         if self.cartesian_skip not in SKIPS:
@@ -126,6 +128,13 @@ class CrosswaysConfig(LlamaConfig):
         ):
             if getattr(self, field) < least:
                 raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
+        for field, most in (
+            ("load_balance_coef", math.inf),
+            ("router_z_loss_coef", math.inf),
+            ("cutoff_momentum", 1),
+        ):
+            if not 0 <= getattr(self, field) <= most:
+                raise UserError(f"{field} must lie in [0, {most}], got {getattr(self, field)}")
         Activation(self.expert_activation)
         build_score(self.score)
         build_selection(self.select or "top_k").check(self.num_experts)

@@ -21,7 +21,7 @@ def _mean_over_tokens(x_TX: Tensor) -> Tensor:
 
 
 def load_balance_loss(logits_TE: Tensor, assignment: Assignment, valid_T: Tensor | None = None) -> Tensor:
-    """E * sum_e f_e P_e (Switch Transformers, arXiv 2101.03961, eq. 4-6; DeepSeekMoE, arXiv 2401.06066, eq. 12, for 1/k).
+    """E * sum_e f_e P_e (Switch Transformers, arXiv 2101.03961, eq. 4-6; 1/k: DeepSeekMoE, arXiv 2401.06066, eq. 12).
 
     f_e is expert e's share of the executed pairs, P_e its mean softmax probability. Both sum to one, so perfect
     balance gives 1 for any k; transformers' `load_balancing_loss_func` counts each of the k choices in full and
@@ -41,5 +41,9 @@ def load_balance_loss(logits_TE: Tensor, assignment: Assignment, valid_T: Tensor
 
 
 def router_z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5). Float32 scalar, zero for padding alone."""
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    Returns:
+        Float32 scalar; zero when there is nothing but padding.
+    """
     return _mean_over_tokens(_valid_rows(logits_TE, valid_T).float().logsumexp(-1).square())
