@@ -14,7 +14,7 @@ from crossways.rules.select import TopC, TopK
 
 
 def test_load_balance_by_hand():
-    # Two tokens, two experts; probabilities (3/4, 1/4) and (1/4, 3/4), so P = (1/2, 1/2); three pairs, f = (2/3, 1/3).
+    # Two tokens, two experts; probabilities (3/4, 1/4) and (1/4, 3/4), so P = (1/2, 1/2); f = (2/3, 1/3).
     logits_TE = torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)]])
     mask_TE = torch.tensor([[True, True], [True, False]])
     loss = load_balance_loss(logits_TE, Assignment.from_mask(mask_TE, torch.ones(2, 2)))
