@@ -5,10 +5,12 @@ Legend: B batch, S sequence, D model width, R routers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -55,14 +57,16 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
         elif isinstance(module, Router) and module.has_cutoff:
             init.constant_(module.cutoff, torch.nan)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
         """As in transformers, but reentrant checkpointing is refused: it cuts the auxiliary losses off their
         gradient without a word, since it only follows tensors that a layer returns by themselves."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get(
+            "use_reentrant", True
+        ):  # torch's default
             raise UserError("gradient checkpointing needs use_reentrant=False; the other kind loses auxiliary losses")
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
@@ -181,14 +185,16 @@ class CrosswaysForCausalLM(CrosswaysPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_routings: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        causal_routing: bool | None = None,
         **kwargs: Any,
     ) -> RoutedCausalLMOutput:
-        """As `LlamaForCausalLM.forward`; `causal_routing` may be passed as to `CrosswaysModel.forward`.
+        """As `LlamaForCausalLM.forward`.
 
         Args:
             labels: (B, S) token ids, -100 where no loss is taken; the model shifts them.
             output_routings: also return every router's `Routing`.
             num_items_in_batch: labels in the whole optimizer step, when this batch is one of several accumulated.
+            causal_routing: as for `CrosswaysModel.forward`; `generate` passes it on, and sets it unless given.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -197,6 +203,7 @@ class CrosswaysForCausalLM(CrosswaysPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            causal_routing=causal_routing,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
