@@ -317,3 +317,9 @@ def test_embeddings_may_replace_token_ids(tiny_model, tokens):
 def test_last_logits_alone(tiny_model, tokens):
     model = tiny_model()
     torch.testing.assert_close(model(tokens[0], logits_to_keep=2).logits, model(tokens[0]).logits[:, -2:])
+
+
+def test_the_compiled_model_gives_the_same(tiny_model, tokens):
+    model = tiny_model()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens[0]).logits, model(tokens[0]).logits)
