@@ -47,7 +47,7 @@ class Assignment:
             num_experts: E.
         """
         # One stable sort of narrow keys: experts fit 16 bits, and narrow keys sort several times faster.
-        key_P = expert_P.to(torch.int16) if num_experts <= 2**15 else expert_P
+        key_P = expert_P.to(torch.int16) if num_experts < 2**15 else expert_P  # bounds reach num_experts
         sorted_P, order_P = torch.sort(key_P, stable=True)
         bounds_E1 = torch.arange(num_experts + 1, device=expert_P.device, dtype=sorted_P.dtype)
         return cls(

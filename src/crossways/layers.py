@@ -54,6 +54,7 @@ class MoE(nn.Module):
         gates: Sequence[nn.Module | None] = (None,),
         valid_BS: Tensor | None = None,
         causal: bool = False,
+        cutoffs: Sequence[Tensor | None] = (None,),
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """
         Args:
@@ -62,11 +63,12 @@ class MoE(nn.Module):
             gates: the shared gate of each router, None for one that owns its gate.
             valid_BS: boolean (B, S), false for padding.
             causal: route by the decode twin.
+            cutoffs: the cutoff each router decides by, None for its running estimate.
 
         Returns:
             What to add to the residual stream (B, S, D), and the routing of each router.
         """
-        routing = self.router(x_BSD, gate=gates[0], valid_BS=valid_BS, causal=causal)
+        routing = self.router(x_BSD, gate=gates[0], valid_BS=valid_BS, causal=causal, cutoff_C=cutoffs[0])
         y_BSD = self.experts(x_BSD.flatten(0, 1), routing.assignment).view_as(x_BSD)
         if self.shared_expert is not None:
             y_BSD = y_BSD + self.shared_expert(x_BSD)
@@ -111,13 +113,16 @@ class CartesianMoE(nn.Module):
         gates: Sequence[nn.Module | None] | None = None,
         valid_BS: Tensor | None = None,
         causal: bool = False,
+        cutoffs: Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """As `MoE.forward`, with the residual stream (B, S, D) that `x_BSD` is the norm of."""
         gates = gates or (None,) * len(self.factors)
-        added_BSD, routings = self.factors[0](x_BSD, gates=gates[:1], valid_BS=valid_BS, causal=causal)
-        for norm, factor, gate in zip(self.norms, self.factors[1:], gates[1:], strict=True):
+        cutoffs = cutoffs or (None,) * len(self.factors)
+        common = {"valid_BS": valid_BS, "causal": causal}
+        added_BSD, routings = self.factors[0](x_BSD, gates=gates[:1], cutoffs=cutoffs[:1], **common)
+        for norm, factor, gate, cutoff in zip(self.norms, self.factors[1:], gates[1:], cutoffs[1:], strict=True):
             x_BSD = norm(residual_BSD + added_BSD)
-            y_BSD, routing = factor(x_BSD, gates=(gate,), valid_BS=valid_BS, causal=causal)
+            y_BSD, routing = factor(x_BSD, gates=(gate,), cutoffs=(cutoff,), **common)
             last_alone = self.skip == "input" and factor is self.factors[-1]
             added_BSD = y_BSD if last_alone else added_BSD + y_BSD
             routings = (*routings, *routing)

@@ -58,8 +58,9 @@ class PerBlock(Sharing):
     """MoE layers per block, at least 1; the paper's best is 4. A last, shorter block is allowed."""
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UserError(f"sharing 'block': size must be at least 1, got {self.size}")
+        if isinstance(self.size, bool) or self.size < 1 or self.size % 1 != 0:
+            raise UserError(f"sharing 'block': size must be a whole number of at least 1, got {self.size}")
+        object.__setattr__(self, "size", int(self.size))
 
     def block(self, layer: int) -> int:
         return layer // self.size

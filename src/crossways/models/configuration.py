@@ -1,10 +1,14 @@
 """`CrosswaysConfig`: a LLaMA-style model whose routing is plain JSON."""
 
-from __future__ import annotations
-
-from typing import Any
+# Without `from __future__ import annotations`: `strict` only checks types that are not strings.
+import functools
+import math
+import os
+from pathlib import Path
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
 from crossways.errors import UserError
@@ -14,26 +18,61 @@ from crossways.rules.score import build_score
 from crossways.rules.select import build_selection
 from crossways.sharing import Sharing, build_sharing
 
+POINTER_MODULE = "modeling_crossways"
+POINTER_SOURCE = '''"""Leads transformers' Auto classes to the installed `crossways` package."""
+
+from crossways.models import CrosswaysConfig, CrosswaysForCausalLM, CrosswaysModel
+
+__all__ = ["CrosswaysConfig", "CrosswaysForCausalLM", "CrosswaysModel"]
+'''
+AUTO_MAP = {
+    "AutoConfig": f"{POINTER_MODULE}.CrosswaysConfig",
+    "AutoModel": f"{POINTER_MODULE}.CrosswaysModel",
+    "AutoModelForCausalLM": f"{POINTER_MODULE}.CrosswaysForCausalLM",
+}
 LAYER_KINDS = ("moe", "cartesian")
 SKIPS = ("factor", "input")
 
+C = TypeVar("C", bound=type)
 
+
+def user_errors(cls: C) -> C:
+    """Class decorator: a constructor that says in one line, as `UserError`, what `strict` wraps in several."""
+    construct = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(construct)
+    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            construct(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            cause = error.__cause__
+            message = " ".join(str(cause or error).split())
+            raise UserError(message) from error
+
+    cls.__init__ = constructor  # type: ignore[misc]
+    return cls
+
+
+@user_errors
 @strict
 class CrosswaysConfig(LlamaConfig):
     """Configuration of `CrosswaysModel`: everything of `LlamaConfig`, and which layers are routed and how.
 
     Rules (`gate`, `score`, `select`, `sharing`) are a name or a dictionary `{"name": ..., field: value}`; they are stored as
     dictionaries. Raises `UserError` for an impossible combination.
+
+    Saving also writes a module of two import lines and an `auto_map`, so that a program that knows only transformers
+    can load the model with `trust_remote_code=True` wherever crossways is installed.
     """
 
     model_type = "crossways"
 
     moe_every: int = 1
-    """Every n-th layer is routed, the n-th first (n = 2: the second, fourth, ...); 1 is all, 0 none (a dense model)."""
+    """Every n-th layer is routed, the n-th first (n = 2: the second, fourth, ...); 1 is all, 0 none (dense)."""
     layer: str = "moe"
     """Kind of routed layer: `moe`, or `cartesian` for routed sub-layers in sequence."""
     num_factors: int = 2
-    """Sub-layers of a `cartesian` layer, each with its own router and experts; 1 is the same as `moe`. 2 in the paper."""
+    """Sub-layers of a `cartesian` layer, each with its own router and experts; 2 in the paper, 1 equals `moe`."""
     cartesian_skip: str = "factor"
     """Where a Cartesian layer's last residual starts: the previous `factor`'s output, or the layer's `input`."""
     num_experts: int = 16
@@ -54,16 +93,16 @@ class CrosswaysConfig(LlamaConfig):
     """Scale each token's chosen weights to sum to one (as Mixtral does; OLMoE and USMoE do not)."""
     sharing: str | dict[str, Any] = "layer"
     """Which layers share a gate: `layer` (each its own) or `{"name": "block", "size": 4}` (PathMoE)."""
-    load_balance_coef: float = 0.0
+    load_balance_coef: float | int = 0.0
     """Weight of the load-balance loss, summed over routers; 0 is off, customary 0.001 to 0.01."""
-    router_z_loss_coef: float = 0.0
+    router_z_loss_coef: float | int = 0.0
     """Weight of the router z-loss, summed over routers; 0 is off, customary 0.001."""
-    cutoff_momentum: float = 0.99
+    cutoff_momentum: float | int = 0.99
     """Share of the old estimate kept when a router updates its decode twin's threshold; 0.9 to 0.999."""
     causal_routing: bool = False
     """Route plain forward passes by the decode twin too, as `generate` always does."""
     experts_backend: str = "auto"
-    """How expert compute runs: `auto`, or one of `crossways.experts.backends()`. Never changes results beyond rounding."""
+    """How expert compute runs: `auto`, or one of `crossways.experts.backends()`; results differ by rounding alone."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.select is None:
@@ -78,6 +117,8 @@ class CrosswaysConfig(LlamaConfig):
         super().validate_architecture()
         if self.moe_every < 0:
             raise UserError(f"moe_every must be 0 (dense) or more, got {self.moe_every}")
+        if self.moe_every > self.num_hidden_layers:
+            raise UserError(f"moe_every = {self.moe_every} leaves no routed layer among {self.num_hidden_layers}")
         if self.layer not in LAYER_KINDS:
             raise UserError(f"layer must be one of {LAYER_KINDS}, got {self.layer!r}")
         if self.cartesian_skip not in SKIPS:
@@ -90,11 +131,31 @@ class CrosswaysConfig(LlamaConfig):
         ):
             if getattr(self, field) < least:
                 raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
+        for field, most in (
+            ("load_balance_coef", math.inf),
+            ("router_z_loss_coef", math.inf),
+            ("cutoff_momentum", 1),
+        ):
+            if not 0 <= getattr(self, field) <= most:
+                raise UserError(f"{field} must lie in [0, {most}], got {getattr(self, field)}")
         Activation(self.expert_activation)
         build_gate(self.gate)
         build_score(self.score)
         build_selection(self.select or "top_k").check(self.num_experts)
         build_sharing(self.sharing)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers, plus the module that leads the Auto classes to the installed package."""
+        self.auto_map = dict(AUTO_MAP)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{POINTER_MODULE}.py").write_text(POINTER_SOURCE, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Nothing to do: `save_pretrained` already says where the classes are, without copying their source."""
 
     @property
     def moe_layers(self) -> list[int]:

@@ -75,12 +75,14 @@ class CrosswaysDecoderLayer(GradientCheckpointingLayer):
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         gates: Sequence[nn.Module] = (),
+        cutoffs: Sequence[Tensor | None] | None = None,
         valid_BS: Tensor | None = None,
         causal_routing: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """As `LlamaDecoderLayer.forward`, plus the gates of the layer's routers, the padding mask (B, S) and whether
-        to route by the decode twin. Returns the hidden states (B, S, D) and the routings."""
+        """As `LlamaDecoderLayer.forward`, plus the gates of the layer's routers, the cutoffs they decide by, the
+        padding mask (B, S) and whether to route by the decode twin. Returns the hidden states (B, S, D) and the
+        routings."""
         attended_BSD, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
@@ -94,5 +96,8 @@ class CrosswaysDecoderLayer(GradientCheckpointingLayer):
         x_BSD = self.post_attention_layernorm(residual_BSD)
         if not self.is_routed:
             return residual_BSD + self.mlp(x_BSD), ()
-        y_BSD, routings = self.mlp(x_BSD, residual_BSD, gates=gates, valid_BS=valid_BS, causal=causal_routing)
+        cutoffs = cutoffs or (None,) * len(self.routers)
+        y_BSD, routings = self.mlp(
+            x_BSD, residual_BSD, gates=gates, valid_BS=valid_BS, causal=causal_routing, cutoffs=cutoffs
+        )
         return residual_BSD + y_BSD, routings

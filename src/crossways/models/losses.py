@@ -20,8 +20,8 @@ def auxiliary_losses(
 ) -> tuple[dict[str, Tensor], Tensor | float]:
     """Losses per router, and their weighted sum over routers.
 
-    Summing over routers, not averaging, is Switch Transformers' form (arXiv 2101.03961, section 2.2: the loss is added
-    for each layer); a Cartesian layer therefore adds one term per factor.
+    Summing over routers, not averaging, is Switch Transformers' form (arXiv 2101.03961, section 2.2: the loss is
+    added for each layer); a Cartesian layer therefore adds one term per factor.
 
     Returns:
         `{"load_balance": (R,), "router_z": (R,)}`, unweighted and only those with a coefficient, and a scalar.

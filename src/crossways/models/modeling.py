@@ -5,10 +5,12 @@ Legend: B batch, S sequence, D model width, R routers.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -23,6 +25,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from crossways.errors import UserError
 from crossways.experts.module import Experts
 from crossways.gates import Gate, build_gate
 from crossways.models.configuration import CrosswaysConfig
@@ -54,6 +57,22 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
         elif isinstance(module, Router) and module.has_cutoff:
             init.constant_(module.cutoff, torch.nan)
 
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """As in transformers, but reentrant checkpointing is refused: it cuts the auxiliary losses off their
+        gradient without a word, since it only follows tensors that a layer returns by themselves."""
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get(
+            "use_reentrant", True
+        ):  # torch's default
+            raise UserError("gradient checkpointing needs use_reentrant=False; the other kind loses auxiliary losses")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Nothing to do: the configuration's `save_pretrained` already says where these classes are. Transformers
+        would copy our source file into every directory saved after loading one with `trust_remote_code`."""
+
 
 class CrosswaysModel(CrosswaysPreTrainedModel):
     """Decoder without a language-model head. It owns the gates, so layers that share one hold no copy of it."""
@@ -74,7 +93,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     @property
     def routers(self) -> list[Router]:
         """All R routers, layer by layer and factor by factor, in the order of `routings`."""
-        return [router for layer in self.layers for router in layer.routers]
+        return [router for layer in self.layers for router in cast(CrosswaysDecoderLayer, layer).routers]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -117,7 +136,8 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 2:
             valid_BS = attention_mask[:, -length:].bool()
         routings: tuple = ()
-        for index, layer in enumerate(self.layers):
+        for index, module in enumerate(self.layers):
+            layer = cast(CrosswaysDecoderLayer, module)
             hidden_states, decided = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -126,12 +146,14 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 gates=[self.gates[gate] for gate in self.gate_plan.get(index, ())],
+                # Copies: `observe` below must not change what a checkpointed layer recomputes in the backward pass.
+                cutoffs=[router.cutoff.clone() if router.has_cutoff else None for router in layer.routers],
                 valid_BS=valid_BS,
                 causal_routing=self.config.causal_routing if causal_routing is None else causal_routing,
                 **kwargs,
             )
             routings = routings + decided
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # sampling from a model in training mode teaches it nothing
             for router, routing in zip(self.routers, routings, strict=True):
                 router.observe(routing)
         return RoutedModelOutput(
@@ -164,14 +186,16 @@ class CrosswaysForCausalLM(CrosswaysPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_routings: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        causal_routing: bool | None = None,
         **kwargs: Any,
     ) -> RoutedCausalLMOutput:
-        """As `LlamaForCausalLM.forward`; `causal_routing` may be passed as to `CrosswaysModel.forward`.
+        """As `LlamaForCausalLM.forward`.
 
         Args:
             labels: (B, S) token ids, -100 where no loss is taken; the model shifts them.
             output_routings: also return every router's `Routing`.
             num_items_in_batch: labels in the whole optimizer step, when this batch is one of several accumulated.
+            causal_routing: as for `CrosswaysModel.forward`; `generate` passes it on, and sets it unless given.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -180,6 +204,7 @@ class CrosswaysForCausalLM(CrosswaysPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            causal_routing=causal_routing,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -209,6 +234,6 @@ class CrosswaysForCausalLM(CrosswaysPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers; routing is causal unless `causal_routing=False` is asked for explicitly."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         inputs.setdefault("causal_routing", True)
         return inputs

@@ -43,8 +43,10 @@ def build(kind: type[R], spec: str | Mapping[str, Any], known: Mapping[str, type
     Raises:
         UserError: for an unknown rule or field, naming the nearest known one, or a missing or wrong field.
     """
-    fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     what = what or kind.__name__.lower()
+    if not isinstance(spec, str | Mapping):
+        raise UserError(f"a {what} is a name or a mapping with a name, got {spec!r}")
+    fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(fields.pop("name", None))
     if name not in known:
         hint = nearest(name, list(known))
@@ -56,7 +58,9 @@ def build(kind: type[R], spec: str | Mapping[str, Any], known: Mapping[str, type
             raise UserError(f"{what} {name!r} has no field {key!r}{nearest(key, accepted)}; it has: {accepted}")
     try:
         return cls(**fields)
-    except TypeError as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
         raise UserError(f"{what} {name!r}: {error}; its fields are {accepted}") from error
 
 

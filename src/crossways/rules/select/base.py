@@ -23,23 +23,35 @@ class Selection:
     """Chooses pairs by `choice_BSE` and gives them the weights in `scores_BSE`.
 
     The two are the same tensor for most rules; they differ where a rule chooses by a biased score and weighs by the
-    unbiased one. Every subclass declares the three properties below, and black-box tests hold it to them.
+    unbiased one. Every rule declares the three properties below, and `crossways.rules.probe` holds it to them.
+
+    A score that is not a number counts as greater than all others, so its pair is chosen and its weight makes the
+    token's output NaN: a broken gate shows in the loss instead of silently dropping tokens.
     """
 
     name: ClassVar[str]
     """What selects the rule in a configuration."""
-    causal: ClassVar[bool]
-    """A later token never changes an earlier token's experts."""
-    batch_invariant: ClassVar[bool]
-    """Another row of the batch, padding included, never changes mine."""
-    exact_budget: ClassVar[bool]
-    """The number of chosen pairs follows from the number of valid tokens alone, not from their content."""
+
+    @property
+    def causal(self) -> bool:
+        """A later token never changes an earlier token's experts."""
+        raise NotImplementedError
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Another row of the batch, padding included, never changes mine."""
+        raise NotImplementedError
+
+    @property
+    def exact_budget(self) -> bool:
+        """The number of chosen pairs follows from which tokens are valid alone, not from their content."""
+        raise NotImplementedError
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         """Choose pairs.
 
         Args:
-            choice_BSE: float32 (B, S, E), greater is better.
+            choice_BSE: float32 (B, S, E), greater is better, above minus infinity wherever the pair is allowed.
             scores_BSE: float32 (B, S, E), the weights of the chosen pairs; gradients flow through these.
             allowed_BSE: boolean (B, S, E), false for pairs that must not be chosen (padding, disabled experts);
                 None allows all.
@@ -69,8 +81,15 @@ def build_selection(spec: str | Mapping[str, Any]) -> Selection:
     return build(Selection, spec, selection_catalogue())
 
 
+def check_number(rule: str, field: str, value: Any) -> None:
+    """Raise `UserError` unless the field holds a number; JSON and YAML also give texts and booleans."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"selection {rule!r}: {field} must be a number, got {value!r}")
+
+
 def check_budget(rule: str, k: float, num_experts: int) -> None:
     """Raise `UserError` unless 0 < k <= E."""
+    check_number(rule, "k", k)
     if not 0 < k <= num_experts:
         raise UserError(
             f"selection {rule!r}: k must lie in (0, number of experts], got k = {k} with {num_experts} experts"

@@ -28,14 +28,18 @@ class ExpertChoice(Selection):
     """
 
     name: ClassVar[str] = "expert_choice"
-    causal: ClassVar[bool] = False
-    batch_invariant: ClassVar[bool] = False
-    exact_budget: ClassVar[bool] = True
+    causal = False
+    exact_budget = True
 
     k: float
     """Mean experts per token (the paper's capacity factor c), above 0 and at most E."""
     group: Group = "sequence"
     """Among which tokens an expert chooses: those of one `sequence`, or of the whole `batch` as in the paper."""
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Only the tokens of one row compete under group `sequence`."""
+        return self.group == "sequence"
 
     def __post_init__(self) -> None:
         if self.group not in get_args(Group):

@@ -5,6 +5,7 @@ Legend: B batch, S sequence, E experts, T = B * S tokens, C cutoffs (1 or E).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.rules.select.base import Selection, check_budget, valid_tokens, whole
+from crossways.rules.select.base import Selection, check_budget, check_number, valid_tokens, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +27,9 @@ class Threshold(Selection):
     """
 
     name: ClassVar[str] = "threshold"
-    causal: ClassVar[bool] = True
-    batch_invariant: ClassVar[bool] = True
-    exact_budget: ClassVar[bool] = False
+    causal = True
+    batch_invariant = True
+    exact_budget = False
 
     k: float = 2.0
     """Mean experts per token that the running cutoff aims at, above 0 and at most E; unused with a fixed `value`."""
@@ -36,6 +37,12 @@ class Threshold(Selection):
     """One cutoff per expert, each spending k / E (the twin of expert choice), instead of one for all."""
     value: float | Tensor | None = None
     """A fixed cutoff (a number in the scores' range, e.g. 0.05 to 0.5), or None to use the router's estimate."""
+
+    def __post_init__(self) -> None:
+        if self.value is not None and not isinstance(self.value, Tensor):
+            check_number(self.name, "value", self.value)
+            if math.isnan(self.value):
+                raise UserError("selection 'threshold': value must be a number, got nan")
 
     def check(self, num_experts: int) -> None:
         if self.value is None:
@@ -50,14 +57,14 @@ class Threshold(Selection):
             raise UserError(
                 "selection 'threshold' has no cutoff: give `value`, or train or calibrate the router first"
             )
-        mask_BSE = choice_BSE >= self.value
+        mask_BSE = ~(choice_BSE < self.value)  # unlike >=, true for a NaN score
         if allowed_BSE is not None:
             mask_BSE = mask_BSE & allowed_BSE
         num_experts = choice_BSE.shape[-1]
         return Assignment.from_mask(mask_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts))
 
     def cutoff(self, choice_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Tensor | None:
-        return None if isinstance(self.value, float) else pooled_cutoff(self, choice_BSE, allowed_BSE)
+        return pooled_cutoff(self, choice_BSE, allowed_BSE) if self.value is None else None
 
 
 def pooled_cutoff(twin: Threshold, choice_BSE: Tensor, allowed_BSE: Tensor | None) -> Tensor:
@@ -67,11 +74,13 @@ def pooled_cutoff(twin: Threshold, choice_BSE: Tensor, allowed_BSE: Tensor | Non
     number of pairs above a cutoff is not linear in the cutoff.
 
     Returns:
-        Float32 (1,), or (E,) for a per-expert twin. No gradient.
+        Float32 (1,), or (E,) for a per-expert twin; NaN for a batch of padding alone. No gradient.
     """
     with torch.no_grad():
         choice_TE = choice_BSE[valid_tokens(allowed_BSE, choice_BSE)]
         num_tokens, num_experts = choice_TE.shape
+        if num_tokens == 0:
+            return choice_BSE.new_full((num_experts if twin.per_expert else 1,), torch.nan)
         pools_CN = choice_TE.t() if twin.per_expert else choice_TE.reshape(1, -1)
         budget = twin.k * num_tokens / (num_experts if twin.per_expert else 1)
         rank = min(max(whole(budget), 1), pools_CN.shape[1])

@@ -30,14 +30,22 @@ class TopC(Selection):
     """
 
     name: ClassVar[str] = "top_c"
-    causal: ClassVar[bool] = False
-    batch_invariant: ClassVar[bool] = False
-    exact_budget: ClassVar[bool] = True
+    exact_budget = True
 
     k: float
     """Mean experts per token, above 0 and at most E; may be fractional and below 1."""
     group: Group = "sequence"
     """Which tokens share a budget: `sequence`, `batch` or `position`."""
+
+    @property
+    def causal(self) -> bool:
+        """Only the tokens of one time step compete under group `position`."""
+        return self.group == "position"
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Only the tokens of one row compete under group `sequence`."""
+        return self.group == "sequence"
 
     def __post_init__(self) -> None:
         if self.group not in get_args(Group):

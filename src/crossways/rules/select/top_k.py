@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.rules.select.base import Selection, check_budget
+from crossways.rules.select.base import Selection, check_budget, check_number
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,18 @@ class TopK(Selection):
     """
 
     name: ClassVar[str] = "top_k"
-    causal: ClassVar[bool] = True
-    batch_invariant: ClassVar[bool] = True
-    exact_budget: ClassVar[bool] = True
+    causal = True
+    batch_invariant = True
+    exact_budget = True
 
     k: int
     """Experts per token, 1 to E; usually 1 to 8."""
 
     def __post_init__(self) -> None:
-        if self.k != int(self.k) or self.k < 1:
+        check_number(self.name, "k", self.k)
+        if self.k < 1 or self.k % 1 != 0:
             raise UserError(f"selection 'top_k': k must be a whole number of at least 1, got {self.k}")
+        object.__setattr__(self, "k", int(self.k))  # 2.0 in a recipe means 2
 
     def check(self, num_experts: int) -> None:
         check_budget(self.name, self.k, num_experts)

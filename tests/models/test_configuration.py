@@ -1,0 +1,96 @@
+"""The configuration: plain JSON, one-line refusals, and the plans derived from it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+
+from crossways.errors import UserError
+from crossways.models import CrosswaysConfig
+from crossways.models.configuration import user_errors
+
+KINDS = [
+    {},
+    {"moe_every": 0},
+    {"layer": "cartesian", "num_factors": 3, "cartesian_skip": "input"},
+    {"score": {"name": "unified", "alpha": 0.25}, "select": {"name": "top_c", "k": 1.5, "group": "batch"}},
+    {"select": {"name": "threshold", "value": 0.2}, "sharing": {"name": "block", "size": 2}},
+    {"load_balance_coef": 0, "router_z_loss_coef": 1, "cutoff_momentum": 0},
+]
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=str)
+def test_the_configuration_is_plain_json_and_round_trips(tiny_config, tmp_path, fields):
+    config = tiny_config(**fields)
+    as_json = json.loads(config.to_json_string())
+    for name, value in fields.items():
+        assert as_json[name] == value
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is CrosswaysConfig
+    assert json.loads(again.to_json_string()) == json.loads(config.to_json_string())
+
+
+def test_names_alone_become_dictionaries(tiny_config):
+    config = tiny_config(score="sigmoid", sharing="layer")
+    assert config.score == {"name": "sigmoid"}
+    assert config.select == {"name": "top_k", "k": 2}
+    assert config.sharing == {"name": "layer"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"score": "softmx"}, "did you mean 'softmax'"),
+        ({"select": {"name": "top_k", "k": 5}}, "k = 5 with 4 experts"),
+        ({"select": {"name": "top_c", "k": 1, "grup": "batch"}}, "did you mean 'group'"),
+        ({"sharing": {"name": "block", "size": 0}}, "size must be"),
+        ({"sharing": {"name": "block"}}, "size"),
+        ({"layer": "moes"}, "layer must be one of"),
+        ({"cartesian_skip": "none"}, "cartesian_skip must be one of"),
+        ({"num_factors": 0}, "num_factors must be at least 1"),
+        ({"num_experts": 0}, "num_experts must be at least 1"),
+        ({"num_experts": "4"}, "num_experts"),
+        ({"num_experts": 2.5}, "num_experts"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size must be at least 1"),
+        ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size must be at least 0"),
+        ({"moe_every": -1}, "moe_every must be 0"),
+        ({"moe_every": 3}, "leaves no routed layer among 2"),
+        ({"expert_activation": "swish"}, "unknown expert activation 'swish'"),
+        ({"load_balance_coef": -0.1}, "load_balance_coef must lie in"),
+        ({"load_balance_coef": math.nan}, "load_balance_coef must lie in"),
+        ({"cutoff_momentum": 1.5}, "cutoff_momentum must lie in"),
+        ({"hidden_size": 15}, "not a multiple"),
+        ({"select": 3}, "select"),
+    ],
+    ids=str,
+)
+def test_impossible_values_are_refused_in_one_line(tiny_config, fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        tiny_config(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_subclasses_refuse_as_plainly():
+    @user_errors
+    @strict
+    class Derived(CrosswaysConfig):
+        model_type = "crossways_derived"
+
+    with pytest.raises(UserError, match="layer must be one of"):
+        Derived(layer="nothing")
+
+
+def test_plans_follow_the_routed_layers(tiny_config):
+    config = tiny_config(num_hidden_layers=6, moe_every=2, sharing={"name": "block", "size": 2})
+    assert config.moe_layers == [1, 3, 5]
+    assert config.gate_plan == [(0,), (0,), (1,)]
+    cartesian = tiny_config(layer="cartesian", num_factors=2, sharing={"name": "block", "size": 2})
+    assert cartesian.factors == 2
+    assert cartesian.gate_plan == [(0, 1), (0, 1)]
+    assert tiny_config(num_factors=5).factors == 1
+    assert tiny_config(moe_every=0).moe_layers == []

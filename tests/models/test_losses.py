@@ -1,0 +1,103 @@
+"""The training loss: its parts, padding, and gradient accumulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from crossways.models.losses import auxiliary_losses, share_of_step
+from crossways.rules.balance import load_balance_loss, router_z_loss
+
+
+def masked_labels(ids_BS, mask_BS):
+    return ids_BS.masked_fill(mask_BS == 0, -100)
+
+
+def test_the_loss_is_the_sum_of_its_parts(tiny_model, tokens):
+    model = tiny_model(layer="cartesian", load_balance_coef=0.1, router_z_loss_coef=0.02)
+    ids_BS, mask_BS = tokens
+    labels_BS = masked_labels(ids_BS, mask_BS)
+    output = model(ids_BS, attention_mask=mask_BS, labels=labels_BS, output_routings=True)
+    cross = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten())
+    balance = [load_balance_loss(r.logits_TE, r.assignment, r.valid_T) for r in output.routings]
+    z = [router_z_loss(r.logits_TE, r.valid_T) for r in output.routings]
+    torch.testing.assert_close(output.lm_loss, cross)
+    torch.testing.assert_close(output.aux_losses["load_balance"], torch.stack(balance))
+    torch.testing.assert_close(output.aux_losses["router_z"], torch.stack(z))
+    torch.testing.assert_close(output.loss, cross + 0.1 * sum(balance) + 0.02 * sum(z))
+    assert len(balance) == 4  # two layers of two factors
+
+
+def test_losses_without_a_coefficient_are_not_computed(tiny_model, tokens):
+    output = tiny_model()(tokens[0], labels=tokens[0])
+    assert output.aux_losses == {}
+    assert torch.equal(output.loss, output.lm_loss)
+    only_z = tiny_model(router_z_loss_coef=0.1)(tokens[0], labels=tokens[0])
+    assert list(only_z.aux_losses) == ["router_z"]
+
+
+def test_no_routers_no_auxiliary_loss(tiny_config):
+    losses, total = auxiliary_losses((), tiny_config(moe_every=0, load_balance_coef=0.1))
+    assert losses == {}
+    assert total == 0
+
+
+def test_padding_counts_in_no_loss(tiny_model, tokens):
+    model = tiny_model(load_balance_coef=0.1, router_z_loss_coef=0.1)
+    ids_BS, mask_BS = tokens[0], tokens[1].flip(1)  # on the right: what stands before a label predicts it
+    labels_BS = masked_labels(ids_BS, mask_BS)
+    other_BS = torch.where(mask_BS.bool(), ids_BS, 7)
+    ours = model(ids_BS, attention_mask=mask_BS, labels=labels_BS)
+    theirs = model(other_BS, attention_mask=mask_BS, labels=labels_BS)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    for name, loss_R in ours.aux_losses.items():
+        torch.testing.assert_close(loss_R, theirs.aux_losses[name])
+
+
+def test_share_of_the_step():
+    labels_BS = torch.tensor([[9, 1, -100, 2], [9, -100, -100, 3]])  # three labels after the shift
+    assert share_of_step(labels_BS, None) == 1.0
+    assert share_of_step(labels_BS, 12).item() == pytest.approx(0.25)
+    assert share_of_step(labels_BS, torch.tensor(6)).item() == pytest.approx(0.5)
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_accumulated_language_model_gradients_equal_one_large_batch(tiny_model, tokens):
+    """Rows of unequal length: weighting each micro-batch alike would be wrong."""
+    ids_BS, mask_BS = tokens
+    labels_BS = masked_labels(ids_BS, mask_BS)
+    whole = tiny_model().train()
+    whole(ids_BS, attention_mask=mask_BS, labels=labels_BS).loss.backward()
+    parts = tiny_model().train()
+    total = (labels_BS[:, 1:] != -100).sum()
+    for row in range(3):
+        part = slice(row, row + 1)
+        parts(
+            ids_BS[part], attention_mask=mask_BS[part], labels=labels_BS[part], num_items_in_batch=total
+        ).loss.backward()
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(parts)[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_accumulated_auxiliary_losses_are_averaged_by_labels(tiny_model, tokens):
+    """Equal micro-batches, so that the z-loss, a mean over tokens, is exactly that of the large batch; the balance
+    loss is not linear in the batch, but over two copies of one batch it must come out once, not twice."""
+    ids_BS = tokens[0]
+    whole = tiny_model(router_z_loss_coef=0.5).train()
+    whole(ids_BS, labels=ids_BS).loss.backward()
+    parts = tiny_model(router_z_loss_coef=0.5).train()
+    total = ids_BS[:, 1:].numel()
+    for row in range(3):
+        parts(ids_BS[row : row + 1], labels=ids_BS[row : row + 1], num_items_in_batch=total).loss.backward()
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(parts)[name], gradient, atol=1e-6, rtol=1e-4)
+    once, twice = (tiny_model(load_balance_coef=0.5).train() for _ in range(2))
+    once(ids_BS, labels=ids_BS).loss.backward()
+    for _ in range(2):
+        twice(ids_BS, labels=ids_BS, num_items_in_batch=2 * total).loss.backward()
+    for name, gradient in gradients(once).items():
+        torch.testing.assert_close(gradients(twice)[name], gradient, atol=1e-6, rtol=1e-4)

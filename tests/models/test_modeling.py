@@ -1,0 +1,325 @@
+"""The model as transformers sees it: saving, generation, checkpointing, precision, outputs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from crossways.errors import UserError
+from crossways.models import CrosswaysForCausalLM, CrosswaysModel
+from crossways.rules.score import score_catalogue
+from crossways.rules.select import selection_catalogue
+
+SELECTIONS = {
+    "top_k": {"name": "top_k", "k": 2},
+    "top_c": {"name": "top_c", "k": 1.5, "group": "sequence"},
+    "top_c_batch": {"name": "top_c", "k": 0.75, "group": "batch"},
+    "top_c_position": {"name": "top_c", "k": 1.5, "group": "position"},
+    "expert_choice": {"name": "expert_choice", "k": 1.5},
+    "expert_choice_batch": {"name": "expert_choice", "k": 2, "group": "batch"},
+    "threshold": {"name": "threshold", "k": 1.5},
+    "threshold_fixed": {"name": "threshold", "value": 0.25},
+}
+KINDS = {
+    "moe": {},
+    "dense": {"moe_every": 0},
+    "every_second": {"moe_every": 2},
+    "tied": {"tie_word_embeddings": True},
+    "shared_expert": {"shared_expert_intermediate_size": 5},
+    "cartesian_1": {"layer": "cartesian", "num_factors": 1},
+    "cartesian_2": {"layer": "cartesian", "num_factors": 2, "shared_expert_intermediate_size": 7},
+    "cartesian_3_input": {"layer": "cartesian", "num_factors": 3, "cartesian_skip": "input"},
+    "block": {"num_hidden_layers": 3, "sharing": {"name": "block", "size": 2}},
+    "relu": {"expert_activation": "relu", "renormalize": True},
+    "all_three": {
+        "layer": "cartesian",
+        "sharing": {"name": "block", "size": 2},
+        "score": "unified",
+        "select": {"name": "top_c", "k": 1.5},
+    },
+    **{f"score_{name}": {"score": name} for name in ("sigmoid", "softmax", "unified")},
+    **{f"select_{name}": {"select": spec} for name, spec in SELECTIONS.items()},
+}
+
+
+def equal_states(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_every_rule_is_among_the_kinds_tested():
+    assert set(score_catalogue()) == {"sigmoid", "softmax", "unified"}
+    assert set(selection_catalogue()) == {spec["name"] for spec in SELECTIONS.values()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_and_loading_is_exact(tiny_model, tokens, tmp_path, kind):
+    model = tiny_model(**KINDS[kind])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is CrosswaysForCausalLM
+    equal_states(again, model)
+    ids_BS, mask_BS = tokens
+    assert torch.equal(again(ids_BS, attention_mask=mask_BS).logits, model(ids_BS, attention_mask=mask_BS).logits)
+    if model.config.tie_word_embeddings:
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_a_loaded_block_shared_model_still_shares(tiny_model, tokens, tmp_path):
+    model = tiny_model(num_hidden_layers=4, sharing={"name": "block", "size": 2})
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    assert len(again.model.gates) == 2
+    gate = again.model.gates[0]
+    inputs: list = []
+    gate.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    before = again(tokens[0], output_routings=True).routings
+    assert len(inputs) == 2  # layers 0 and 1, each on its own hidden state
+    assert not torch.equal(inputs[0], inputs[1])
+    with torch.no_grad():
+        gate.weight.add_(1.0)
+    after = again(tokens[0], output_routings=True).routings
+    assert not torch.equal(before[0].logits_TE, after[0].logits_TE)
+    expected_TE = gate(inputs[3]).flatten(0, 1)
+    assert torch.equal(after[1].logits_TE, expected_TE)
+
+
+def test_auto_model_loads_the_body(tiny_model, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path)
+    assert type(body) is CrosswaysModel
+    equal_states(body, model.model)
+
+
+def test_block_of_one_is_independent_routing_bit_for_bit(tiny_model, tokens):
+    ours, theirs = tiny_model(sharing={"name": "block", "size": 1}), tiny_model(sharing="layer")
+    equal_states(ours, theirs)
+    assert torch.equal(ours(tokens[0]).logits, theirs(tokens[0]).logits)
+
+
+@pytest.mark.parametrize("skip", ["factor", "input"])
+def test_a_cartesian_model_with_one_factor_is_the_moe_model(tiny_model, tokens, skip):
+    plain = tiny_model(shared_expert_intermediate_size=5)
+    cartesian = tiny_model(
+        shared_expert_intermediate_size=5, layer="cartesian", num_factors=1, cartesian_skip=skip, calibrated=False
+    )
+    renamed = {
+        name.replace(".mlp.", ".mlp.factors.0.") if ".mlp." in name else name: value
+        for name, value in plain.state_dict().items()
+    }
+    cartesian.load_state_dict(renamed, strict=True)
+    assert torch.equal(cartesian(tokens[0]).logits, plain(tokens[0]).logits)
+
+
+def test_a_dense_model_has_no_routers(tiny_model, tokens):
+    model = tiny_model(moe_every=0, load_balance_coef=0.1)
+    assert model.model.routers == []
+    assert len(model.model.gates) == 0
+    output = model(tokens[0], labels=tokens[0])
+    assert output.expert_load == ()
+    assert torch.equal(output.loss, output.lm_loss)
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_with_a_cache_equals_a_full_causal_pass(tiny_model, tokens, select, padded):
+    model = tiny_model(select=SELECTIONS[select], shared_expert_intermediate_size=5)
+    ids_BS, mask_BS = tokens
+    mask_BS = mask_BS if padded else torch.ones_like(mask_BS)
+    output = model.generate(
+        ids_BS,
+        attention_mask=mask_BS,
+        max_new_tokens=5,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    full_BS = output.sequences[:, :-1]
+    full_mask_BS = torch.cat([mask_BS, torch.ones_like(full_BS[:, mask_BS.shape[1] :])], 1)
+    position_BS = (full_mask_BS.cumsum(-1) - 1).clamp(min=0)
+    full = model(full_BS, attention_mask=full_mask_BS, position_ids=position_BS, causal_routing=True)
+    torch.testing.assert_close(torch.stack(output.logits, 1), full.logits[:, -5:], atol=1e-5, rtol=1e-4)
+    assert torch.equal(full.logits[:, -5:].argmax(-1), output.sequences[:, -5:])
+
+
+def test_generation_routes_by_the_decode_twin_unless_told_otherwise(tiny_model, tokens):
+    model = tiny_model(select={"name": "top_c", "k": 1.5, "group": "batch"})
+    seen: list = []
+    model.model.layers[0].mlp.router.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["causal"]), with_kwargs=True
+    )
+    model.generate(tokens[0], max_new_tokens=2)
+    assert seen == [True, True]
+    seen.clear()
+    model.generate(tokens[0], max_new_tokens=2, causal_routing=False)
+    model(tokens[0])
+    assert seen == [False, False, False]
+
+
+def test_causal_routing_of_the_configuration_governs_plain_passes(tiny_model, tokens):
+    model = tiny_model(select={"name": "top_c", "k": 1.5})
+    explicit = model(tokens[0], causal_routing=True).logits
+    assert not torch.equal(model(tokens[0]).logits, explicit)
+    model.config.causal_routing = True
+    assert torch.equal(model(tokens[0]).logits, explicit)
+    edited = tokens[0].clone()
+    edited[:, 5:] = 1
+    torch.testing.assert_close(model(edited).logits[:, :5], explicit[:, :5], atol=1e-5, rtol=1e-4)
+
+
+def test_an_uncalibrated_model_refuses_to_generate(tiny_model, tokens):
+    model = tiny_model(calibrated=False, select={"name": "top_c", "k": 1.5})
+    with pytest.raises(UserError, match="calibrate"):
+        model.generate(tokens[0], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 3}, {"do_sample": False}], ids=str)
+def test_ways_of_decoding_run(tiny_model, tokens, options):
+    model = tiny_model(**KINDS["all_three"])
+    out_BS = model.generate(tokens[0], attention_mask=tokens[1], max_new_tokens=4, **options)
+    assert out_BS.shape == (3, 13)
+    assert torch.equal(out_BS[:, :9], tokens[0])
+
+
+def test_sampling_in_training_mode_does_not_move_the_cutoff(tiny_model, tokens):
+    model = tiny_model(select={"name": "top_c", "k": 1.5}).train()
+    before_C = model.model.routers[0].cutoff.clone()
+    model.generate(tokens[0], max_new_tokens=3)
+    assert torch.equal(model.model.routers[0].cutoff, before_C)
+    model(tokens[0])
+    assert not torch.equal(model.model.routers[0].cutoff, before_C)
+
+
+@pytest.mark.parametrize("layer", ["moe", "cartesian"])
+def test_padding_changes_no_valid_logit(tiny_model, tokens, layer):
+    ids_BS, mask_BS = tokens
+    for select in ("top_k", "top_c", "top_c_batch", "expert_choice", "threshold"):
+        model = tiny_model(select=SELECTIONS[select], layer=layer)
+        other_BS = torch.where(mask_BS.bool(), ids_BS, 5)
+        ours = model(ids_BS, attention_mask=mask_BS, output_routings=True)
+        theirs = model(other_BS, attention_mask=mask_BS)
+        valid_BS = mask_BS.bool()
+        torch.testing.assert_close(ours.logits[valid_BS], theirs.logits[valid_BS], atol=1e-5, rtol=1e-4)
+        for routing in ours.routings:
+            assert not routing.assignment.to_mask()[~valid_BS.flatten()].any()
+
+
+@pytest.mark.parametrize("kind", ["all_three", "select_threshold", "cartesian_2", "select_top_k"])
+def test_gradient_checkpointing_changes_nothing(tiny_model, tokens, kind):
+    fields = KINDS[kind] | {"load_balance_coef": 0.1, "router_z_loss_coef": 0.1, "cutoff_momentum": 0.5}
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model(**fields).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for _ in range(2):  # the second step starts from a moved cutoff
+            loss = model(tokens[0], attention_mask=tokens[1], labels=tokens[0], use_cache=False).loss
+            loss.backward()
+        cutoffs = [router.cutoff.clone() for router in model.model.routers if router.has_cutoff]
+        results.append((loss, [p.grad for p in model.parameters()], cutoffs))
+    (loss, gradients, cutoffs), (loss_c, gradients_c, cutoffs_c) = results
+    assert torch.equal(loss, loss_c)
+    for one, other in zip(gradients, gradients_c, strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(cutoffs) == len(cutoffs_c)
+    for one, other in zip(cutoffs, cutoffs_c, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_reentrant_checkpointing_is_refused(tiny_model):
+    with pytest.raises(UserError, match="use_reentrant=False"):
+        tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(UserError, match="use_reentrant=False"):
+        tiny_model().gradient_checkpointing_enable({"preserve_rng_state": False})
+
+
+@pytest.mark.parametrize("kind", ["block", "cartesian_2", "all_three", "select_expert_choice", "score_sigmoid"])
+def test_gradients_reach_every_parameter(tiny_model, tokens, kind):
+    model = tiny_model(**KINDS[kind]).train()
+    model(tokens[0], labels=tokens[0]).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("kind", ["moe", "all_three", "select_expert_choice"])
+def test_bfloat16_trains_and_keeps_the_cutoff(tiny_model, tokens, tmp_path, kind):
+    model = tiny_model(load_balance_coef=0.1, **KINDS[kind])
+    exact = [router.cutoff.clone() for router in model.model.routers if router.has_cutoff]
+    model.save_pretrained(tmp_path)
+    loaded = CrosswaysForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for half in (loaded, copy.deepcopy(model).to(torch.bfloat16)):
+        assert half.lm_head.weight.dtype == torch.bfloat16
+        kept = [router.cutoff for router in half.model.routers if router.has_cutoff]
+        assert all(torch.equal(one, other) for one, other in zip(kept, exact, strict=True))
+        output = half.train()(tokens[0], attention_mask=tokens[1], labels=tokens[0], output_routings=True)
+        output.loss.backward()
+        assert output.loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in half.parameters())
+        assert all(routing.logits_TE.dtype == torch.float32 for routing in output.routings)
+        assert all(router.cutoff.dtype == torch.float32 for router in half.model.routers if router.has_cutoff)
+
+
+def test_autocast_trains(tiny_model, tokens):
+    model = tiny_model(load_balance_coef=0.1, **KINDS["all_three"]).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(tokens[0], labels=tokens[0], output_routings=True)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(routing.scores_TE.dtype == torch.float32 for routing in output.routings)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_hidden_states_and_attentions(tiny_model, tokens):
+    model = tiny_model(**KINDS["cartesian_2"])
+    model.set_attn_implementation("eager")
+    output = model(tokens[0], output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 3
+    assert all(h.shape == (3, 9, 16) for h in output.hidden_states)
+    assert [a.shape for a in output.attentions] == [(3, 2, 9, 9)] * 2
+    assert isinstance(model(tokens[0], return_dict=False), tuple)
+
+
+def test_executed_load_is_returned_and_routings_on_request(tiny_model, tokens):
+    model = tiny_model(**KINDS["cartesian_2"])
+    output = model(tokens[0], attention_mask=tokens[1], output_routings=True)
+    assert len(output.expert_load) == len(output.routings) == len(model.model.routers) == 4
+    for load_E, routing in zip(output.expert_load, output.routings, strict=True):
+        assert load_E.sum() == 2 * tokens[1].sum()
+        assert torch.equal(load_E, routing.assignment.to_mask().sum(0))
+    assert model(tokens[0]).routings is None
+
+
+def test_copies_and_pickles_are_exact(tiny_model, tokens):
+    model = tiny_model(**KINDS["all_three"])
+    for other in (copy.deepcopy(model), pickle.load(io.BytesIO(pickle.dumps(model)))):
+        equal_states(other, model)
+        assert torch.equal(other(tokens[0]).logits, model(tokens[0]).logits)
+        assert other.model.gates[0] is not model.model.gates[0]
+
+
+def test_embeddings_may_replace_token_ids(tiny_model, tokens):
+    model = tiny_model()
+    embedded_BSD = model.get_input_embeddings()(tokens[0])
+    assert torch.equal(model(inputs_embeds=embedded_BSD).logits, model(tokens[0]).logits)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(tokens[0], inputs_embeds=embedded_BSD)
+
+
+def test_last_logits_alone(tiny_model, tokens):
+    model = tiny_model()
+    torch.testing.assert_close(model(tokens[0], logits_to_keep=2).logits, model(tokens[0]).logits[:, -2:])
+
+
+def test_the_compiled_model_gives_the_same(tiny_model, tokens):
+    model = tiny_model()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens[0]).logits, model(tokens[0]).logits)

@@ -1,0 +1,93 @@
+"""Balancing losses: by hand, against transformers, and without padding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from crossways.assignment import Assignment
+from crossways.rules.balance import load_balance_loss, router_z_loss
+from crossways.rules.select import TopC, TopK
+
+
+def test_load_balance_by_hand():
+    # Two tokens, two experts; probabilities (3/4, 1/4) and (1/4, 3/4), so P = (1/2, 1/2); f = (2/3, 1/3).
+    logits_TE = torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)]])
+    mask_TE = torch.tensor([[True, True], [True, False]])
+    loss = load_balance_loss(logits_TE, Assignment.from_mask(mask_TE, torch.ones(2, 2)))
+    assert loss.item() == pytest.approx(2 * (2 / 3 * 1 / 2 + 1 / 3 * 1 / 2))
+    # Both tokens (3/4, 1/4) and both on expert 0: 2 * 1 * 3/4.
+    logits_TE = torch.tensor([[math.log(3), 0.0]] * 2)
+    collapsed = Assignment.from_topk(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), 2)
+    assert load_balance_loss(logits_TE, collapsed).item() == pytest.approx(1.5)
+
+
+def test_z_loss_by_hand():
+    # logsumexp of (0, 0) is log 2, of (log 3, 0) is log 4
+    logits_TE = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
+    assert router_z_loss(logits_TE).item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_transformers_loss_is_k_times_ours(k):
+    logits_TE = torch.randn(12, 5)
+    scores_BSE = logits_TE.softmax(-1)[None]
+    ours = load_balance_loss(logits_TE, TopK(k)(scores_BSE, scores_BSE))
+    theirs = load_balancing_loss_func((logits_TE,), num_experts=5, top_k=k)
+    torch.testing.assert_close(k * ours, theirs)
+
+
+def test_transformers_loss_with_padding():
+    logits_TE = torch.randn(12, 5)
+    mask_BS = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
+    scores_BSE = logits_TE.softmax(-1).view(2, 6, 5)
+    allowed_BSE = mask_BS.bool()[..., None].expand(2, 6, 5)
+    ours = load_balance_loss(logits_TE, TopK(2)(scores_BSE, scores_BSE, allowed_BSE), mask_BS.flatten().bool())
+    theirs = load_balancing_loss_func((logits_TE,), num_experts=5, top_k=2, attention_mask=mask_BS)
+    torch.testing.assert_close(2 * ours, theirs)
+
+
+def test_perfect_balance_is_one_for_any_budget():
+    for k in (1, 2.5, 4):
+        scores_BSE = torch.full((1, 8, 4), 0.25)
+        uniform = TopC(k)(scores_BSE, scores_BSE)
+        assert load_balance_loss(torch.zeros(8, 4), uniform).item() == pytest.approx(1.0)
+
+
+def test_padding_content_changes_nothing_and_gets_no_gradient():
+    logits_TE = torch.randn(6, 3, requires_grad=True)
+    valid_T = torch.tensor([True, True, False, True, False, True])
+    scores_BSE = logits_TE.detach().softmax(-1)[None]
+    assignment = TopK(1)(scores_BSE, scores_BSE, valid_T[None, :, None].expand(1, 6, 3))
+    for loss in (load_balance_loss(logits_TE, assignment, valid_T), router_z_loss(logits_TE, valid_T)):
+        logits_TE.grad = None
+        loss.backward(retain_graph=True)
+        assert not logits_TE.grad[~valid_T].any()
+        assert logits_TE.grad[valid_T].any()
+    edited_TE = torch.where(valid_T[:, None], logits_TE, 100.0)
+    torch.testing.assert_close(router_z_loss(edited_TE, valid_T), router_z_loss(logits_TE[valid_T]))
+    torch.testing.assert_close(
+        load_balance_loss(edited_TE, assignment, valid_T), load_balance_loss(logits_TE, assignment, valid_T)
+    )
+
+
+def test_nothing_but_padding_costs_nothing():
+    logits_TE = torch.randn(3, 2, requires_grad=True)
+    nobody = Assignment.from_mask(torch.zeros(3, 2, dtype=torch.bool), torch.zeros(3, 2))
+    none_T = torch.zeros(3, dtype=torch.bool)
+    total = load_balance_loss(logits_TE, nobody, none_T) + router_z_loss(logits_TE, none_T)
+    total.backward()
+    assert total == 0
+    assert not logits_TE.grad.any()
+
+
+def test_losses_are_float32_on_raw_logits():
+    logits_TE = torch.randn(4, 3, dtype=torch.bfloat16)
+    scores_BSE = logits_TE.float().softmax(-1)[None]
+    assert load_balance_loss(logits_TE, TopK(1)(scores_BSE, scores_BSE)).dtype == torch.float32
+    assert router_z_loss(logits_TE).dtype == torch.float32
+    shifted = router_z_loss(logits_TE.float() + 3.0)  # a loss on scores would not see the shift
+    assert shifted > router_z_loss(logits_TE.float())
