@@ -12,6 +12,7 @@ from crossways.experts.module import Experts
 from crossways.gates import LinearGate
 from crossways.layers import CartesianMoE, FeedForward, MoE
 from crossways.router import Router
+from crossways.routing import Context
 from crossways.rules.score import Softmax
 from crossways.rules.select import TopC, TopK
 
@@ -108,10 +109,11 @@ def test_each_factor_reads_what_the_previous_one_wrote():
 def test_gates_given_at_the_call_go_to_their_factor():
     layer = CartesianMoE([moe(), moe()], [nn.Identity()])
     gates = [LinearGate(WIDTH, EXPERTS) for _ in range(2)]
+    contexts = [Context(gate=gate) for gate in gates]
     x_BSD = torch.randn(1, 2, WIDTH)
-    _, routings = layer(x_BSD, x_BSD, gates=gates)
+    _, routings = layer(x_BSD, x_BSD, contexts)
     torch.testing.assert_close(routings[0].logits_TE, gates[0](x_BSD).flatten(0, 1))
-    read_BSD = x_BSD + layer.factors[0](x_BSD, gates=gates[:1])[0]
+    read_BSD = x_BSD + layer.factors[0](x_BSD, contexts=contexts[:1])[0]
     torch.testing.assert_close(routings[1].logits_TE, gates[1](read_BSD).flatten(0, 1))
 
 

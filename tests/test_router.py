@@ -11,6 +11,7 @@ import torch
 from crossways.errors import UserError
 from crossways.gates import LinearGate
 from crossways.router import Router
+from crossways.routing import Context
 from crossways.rules.score import Sigmoid, Softmax
 from crossways.rules.select import ExpertChoice, Threshold, TopC, TopK
 
@@ -40,7 +41,7 @@ def test_padding_chooses_nobody_and_changes_nobody():
     edited_BSD = torch.where(valid_BS[..., None], x_BSD, 50.0)
     for select in (TopK(2), TopC(1.5, "batch"), ExpertChoice(2.0, "batch"), Threshold(value=0.2)):
         router = router_of(select)
-        routing, edited = router(x_BSD, valid_BS=valid_BS), router(edited_BSD, valid_BS=valid_BS)
+        routing, edited = router(x_BSD, Context(valid_BS=valid_BS)), router(edited_BSD, Context(valid_BS=valid_BS))
         assert not routing.assignment.to_mask()[~valid_BS.flatten()].any()
         assert torch.equal(routing.assignment.to_dense(), edited.assignment.to_dense())
         assert torch.equal(routing.valid_T, valid_BS.flatten())
@@ -50,7 +51,7 @@ def test_the_cutoff_does_not_see_padding():
     router = router_of(TopC(1.0)).train()
     valid_BS = torch.tensor([[True, True, False]])
     x_BSD = torch.randn(1, 3, 8)
-    padded, alone = router(x_BSD, valid_BS=valid_BS), router(x_BSD[:, :2])
+    padded, alone = router(x_BSD, Context(valid_BS=valid_BS)), router(x_BSD[:, :2])
     assert torch.equal(padded.cutoff_C, alone.cutoff_C)
 
 
@@ -66,7 +67,7 @@ def test_a_gate_given_at_the_call_is_used():
     router = Router(4, Softmax(), TopK(1))
     gate = LinearGate(8, 4)
     x_BSD = torch.randn(1, 2, 8)
-    assert torch.equal(router(x_BSD, gate=gate).logits_TE, gate(x_BSD).flatten(0, 1))
+    assert torch.equal(router(x_BSD, Context(gate=gate)).logits_TE, gate(x_BSD).flatten(0, 1))
     assert not list(router.parameters())
     with pytest.raises(ValueError, match="owns no gate"):
         router(x_BSD)
@@ -93,7 +94,7 @@ def test_the_decode_twin_uses_the_cutoff_and_is_calibrated_by_expert():
         router = router_of(select).train()
         router.observe(router(torch.randn(1, 64, 8)))
         assert router.cutoff.shape == (width,)
-        causal = router.eval()(torch.randn(2, 3, 8), causal=True)
+        causal = router.eval()(torch.randn(2, 3, 8), Context(causal=True))
         assert torch.equal(causal.assignment.to_mask(), causal.scores_TE >= router.cutoff)
 
 
@@ -101,7 +102,7 @@ def test_an_uncalibrated_twin_says_what_to_do():
     router = router_of(TopC(1.0)).eval()
     router(torch.randn(1, 2, 8))
     with pytest.raises(UserError, match="train the model for a step or calibrate"):
-        router(torch.randn(1, 2, 8), causal=True)
+        router(torch.randn(1, 2, 8), Context(causal=True))
 
 
 def test_a_threshold_learns_from_its_first_batch():
@@ -124,7 +125,7 @@ def test_batches_without_a_cutoff_leave_the_estimate():
     x_BSD = torch.randn(1, 4, 8)
     router.observe(router(x_BSD))
     before_C = router.cutoff.clone()
-    router.observe(router(x_BSD, valid_BS=torch.zeros(1, 4, dtype=torch.bool)))
+    router.observe(router(x_BSD, Context(valid_BS=torch.zeros(1, 4, dtype=torch.bool))))
     router.observe(router(torch.full((1, 4, 8), math.nan)))
     assert torch.equal(router.cutoff, before_C)
 
@@ -134,9 +135,9 @@ def test_a_given_cutoff_replaces_the_running_one():
     x_BSD = torch.randn(1, 6, 8)
     router.observe(router(x_BSD))
     kept_C = router.cutoff.clone()
-    before = router(x_BSD, cutoff_C=kept_C)
+    before = router(x_BSD, Context(cutoff_C=kept_C))
     router.cutoff.fill_(0.99)
-    assert torch.equal(router(x_BSD, cutoff_C=kept_C).assignment.to_mask(), before.assignment.to_mask())
+    assert torch.equal(router(x_BSD, Context(cutoff_C=kept_C)).assignment.to_mask(), before.assignment.to_mask())
     assert router(x_BSD).assignment.num_pairs < before.assignment.num_pairs
 
 

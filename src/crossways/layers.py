@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from crossways.experts.activation import Activation
 from crossways.experts.module import Experts
-from crossways.router import Router, Routing
+from crossways.router import Router
+from crossways.routing import Context, Routing
 
 
 class FeedForward(nn.Module):
@@ -50,25 +51,18 @@ class MoE(nn.Module):
         self,
         x_BSD: Tensor,
         residual_BSD: Tensor | None = None,
-        *,
-        gates: Sequence[nn.Module | None] = (None,),
-        valid_BS: Tensor | None = None,
-        causal: bool = False,
-        cutoffs: Sequence[Tensor | None] = (None,),
+        contexts: Sequence[Context] = (Context(),),
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """
         Args:
             x_BSD: the normalised input (B, S, D).
             residual_BSD: unused; a plain layer depends on its input alone.
-            gates: the shared gate of each router, None for one that owns its gate.
-            valid_BS: boolean (B, S), false for padding.
-            causal: route by the decode twin.
-            cutoffs: the cutoff each router decides by, None for its running estimate.
+            contexts: what each router may look at beside its input, one per router.
 
         Returns:
             What to add to the residual stream (B, S, D), and the routing of each router.
         """
-        routing = self.router(x_BSD, gate=gates[0], valid_BS=valid_BS, causal=causal, cutoff_C=cutoffs[0])
+        routing = self.router(x_BSD, contexts[0])
         y_BSD = self.experts(x_BSD.flatten(0, 1), routing.assignment).view_as(x_BSD)
         if self.shared_expert is not None:
             y_BSD = y_BSD + self.shared_expert(x_BSD)
@@ -109,20 +103,14 @@ class CartesianMoE(nn.Module):
         self,
         x_BSD: Tensor,
         residual_BSD: Tensor,
-        *,
-        gates: Sequence[nn.Module | None] | None = None,
-        valid_BS: Tensor | None = None,
-        causal: bool = False,
-        cutoffs: Sequence[Tensor | None] | None = None,
+        contexts: Sequence[Context] | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """As `MoE.forward`, with the residual stream (B, S, D) that `x_BSD` is the norm of."""
-        gates = gates or (None,) * len(self.factors)
-        cutoffs = cutoffs or (None,) * len(self.factors)
-        common = {"valid_BS": valid_BS, "causal": causal}
-        added_BSD, routings = self.factors[0](x_BSD, gates=gates[:1], cutoffs=cutoffs[:1], **common)
-        for norm, factor, gate, cutoff in zip(self.norms, self.factors[1:], gates[1:], cutoffs[1:], strict=True):
+        contexts = contexts or (Context(),) * len(self.factors)
+        added_BSD, routings = self.factors[0](x_BSD, contexts=contexts[:1])
+        for norm, factor, context in zip(self.norms, self.factors[1:], contexts[1:], strict=True):
             x_BSD = norm(residual_BSD + added_BSD)
-            y_BSD, routing = factor(x_BSD, gates=(gate,), cutoffs=(cutoff,), **common)
+            y_BSD, routing = factor(x_BSD, contexts=(context,))
             last_alone = self.skip == "input" and factor is self.factors[-1]
             added_BSD = y_BSD if last_alone else added_BSD + y_BSD
             routings = (*routings, *routing)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from crossways.assignment import Assignment
-from crossways.router import Decide, Perturbation, Router, Routing
+from crossways.router import Router
+from crossways.routing import Decide, Perturbation, Routing
 
 
 @contextmanager

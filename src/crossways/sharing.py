@@ -23,6 +23,14 @@ class Sharing:
         """The block that MoE layer `layer` (0 to L - 1, counting MoE layers only) belongs to."""
         raise NotImplementedError
 
+    def position(self, layer: int) -> int:
+        """How many layers of its block come before MoE layer `layer`."""
+        return sum(self.block(earlier) == self.block(layer) for earlier in range(layer))
+
+    def reuses_decision(self, layer: int) -> bool:
+        """Whether MoE layer `layer` executes the decision of the layer before instead of making its own."""
+        return False
+
     def plan(self, num_layers: int, num_factors: int = 1) -> list[tuple[int, ...]]:
         """Gate index of every router: L tuples of A indices into the model's list of gates.
 

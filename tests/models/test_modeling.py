@@ -153,9 +153,7 @@ def test_generation_with_a_cache_equals_a_full_causal_pass(tiny_model, tokens, s
 def test_generation_routes_by_the_decode_twin_unless_told_otherwise(tiny_model, tokens):
     model = tiny_model(select={"name": "top_c", "k": 1.5, "group": "batch"})
     seen: list = []
-    model.model.layers[0].mlp.router.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["causal"]), with_kwargs=True
-    )
+    model.model.layers[0].mlp.router.register_forward_pre_hook(lambda _, args: seen.append(args[1].causal))
     model.generate(tokens[0], max_new_tokens=2)
     assert seen == [True, True]
     seen.clear()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from crossways.routing import Context
 from crossways.rules.registry import build, catalogue
 
 
@@ -21,8 +22,11 @@ class Gate(nn.Module):
         """Initialise, with the model's standard deviation where that makes sense."""
         raise NotImplementedError
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Hidden states (B, S, D) to float32 logits (B, S, E)."""
+    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states (B, S, D) to float32 logits (B, S, E).
+
+        A recurrent gate also returns the state that it finds in `context.previous.state` in the next layer.
+        """
         raise NotImplementedError
 
 
@@ -33,8 +37,8 @@ class GateSpec:
     name: ClassVar[str]
     """What selects the gate in a configuration."""
 
-    def build(self, hidden_size: int, num_experts: int) -> Gate:
-        """A fresh module for D = hidden_size and E = num_experts."""
+    def build(self, hidden_size: int, num_experts: int, num_layers: int = 1) -> Gate:
+        """A fresh module for D = hidden_size and E = num_experts, used by `num_layers` layers."""
         raise NotImplementedError
 
 

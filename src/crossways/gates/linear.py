@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crossways.gates.base import Gate, GateSpec
+from crossways.routing import Context
 
 
 class LinearGate(Gate):
@@ -31,7 +32,7 @@ class LinearGate(Gate):
         """Normal initialisation with the given standard deviation."""
         nn.init.normal_(self.weight, std=std)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E)."""
         with torch.autocast(x_BSD.device.type, enabled=False):
             return functional.linear(x_BSD.float(), self.weight.float())
@@ -47,5 +48,5 @@ class Linear(GateSpec):
 
     name: ClassVar[str] = "linear"
 
-    def build(self, hidden_size: int, num_experts: int) -> LinearGate:
+    def build(self, hidden_size: int, num_experts: int, num_layers: int = 1) -> LinearGate:
         return LinearGate(hidden_size, num_experts)

@@ -58,8 +58,8 @@ def user_errors(cls: C) -> C:
 class CrosswaysConfig(LlamaConfig):
     """Configuration of `CrosswaysModel`: everything of `LlamaConfig`, and which layers are routed and how.
 
-    Rules (`gate`, `score`, `select`, `sharing`) are a name or a dictionary `{"name": ..., field: value}`; they are stored as
-    dictionaries. Raises `UserError` for an impossible combination.
+    Rules (`gate`, `score`, `select`, `sharing`) are a name or a mapping `{"name": ..., field: value}`; they are stored
+    as dictionaries. Raises `UserError` for an impossible combination.
 
     Saving also writes a module of two import lines and an `auto_map`, so that a program that knows only transformers
     can load the model with `trust_remote_code=True` wherever crossways is installed.
@@ -97,6 +97,9 @@ class CrosswaysConfig(LlamaConfig):
     """Weight of the load-balance loss, summed over routers; 0 is off, customary 0.001 to 0.01."""
     router_z_loss_coef: float | int = 0.0
     """Weight of the router z-loss, summed over routers; 0 is off, customary 0.001."""
+    bias_update_rate: float | int = 0.0
+    """Step of loss-free balancing: a bias, added to scores for choosing only, moves against each expert's excess load
+    in training (DeepSeek-V3); 0 is off, 0.001 customary. Meant for top-k with sigmoid scores."""
     cutoff_momentum: float | int = 0.99
     """Share of the old estimate kept when a router updates its decode twin's threshold; 0.9 to 0.999."""
     causal_routing: bool = False
@@ -135,6 +138,7 @@ class CrosswaysConfig(LlamaConfig):
             ("load_balance_coef", math.inf),
             ("router_z_loss_coef", math.inf),
             ("cutoff_momentum", 1),
+            ("bias_update_rate", math.inf),
         ):
             if not 0 <= getattr(self, field) <= most:
                 raise UserError(f"{field} must lie in [0, {most}], got {getattr(self, field)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
@@ -16,7 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from crossways.experts.module import Experts
 from crossways.layers import CartesianMoE, FeedForward, MoE
 from crossways.models.configuration import CrosswaysConfig
-from crossways.router import Router, Routing
+from crossways.router import Router
+from crossways.routing import Context, Routing
 from crossways.rules.score import build_score
 from crossways.rules.select import build_selection
 
@@ -29,6 +30,7 @@ def build_moe(config: CrosswaysConfig) -> MoE:
         build_selection(config.select or "top_k"),
         renormalize=config.renormalize,
         cutoff_momentum=config.cutoff_momentum,
+        bias_update_rate=config.bias_update_rate,
     )
     experts = Experts(
         config.num_experts,
@@ -74,15 +76,11 @@ class CrosswaysDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        gates: Sequence[nn.Module] = (),
-        cutoffs: Sequence[Tensor | None] | None = None,
-        valid_BS: Tensor | None = None,
-        causal_routing: bool = False,
+        contexts: Sequence[Context] = (),
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """As `LlamaDecoderLayer.forward`, plus the gates of the layer's routers, the cutoffs they decide by, the
-        padding mask (B, S) and whether to route by the decode twin. Returns the hidden states (B, S, D) and the
-        routings."""
+        """As `LlamaDecoderLayer.forward`, plus what each of the layer's routers may look at beside its input. Returns
+        the hidden states (B, S, D) and the routings."""
         attended_BSD, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
@@ -96,8 +94,5 @@ class CrosswaysDecoderLayer(GradientCheckpointingLayer):
         x_BSD = self.post_attention_layernorm(residual_BSD)
         if not self.is_routed:
             return residual_BSD + self.mlp(x_BSD), ()
-        cutoffs = cutoffs or (None,) * len(self.routers)
-        y_BSD, routings = self.mlp(
-            x_BSD, residual_BSD, gates=gates, valid_BS=valid_BS, causal=causal_routing, cutoffs=cutoffs
-        )
+        y_BSD, routings = self.mlp(x_BSD, residual_BSD, contexts)
         return residual_BSD + y_BSD, routings

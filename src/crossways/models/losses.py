@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crossways.models.configuration import CrosswaysConfig
-from crossways.router import Routing
+from crossways.routing import Routing
 from crossways.rules.balance import load_balance_loss, router_z_loss
 
 
@@ -26,6 +26,7 @@ def auxiliary_losses(
     Returns:
         `{"load_balance": (R,), "router_z": (R,)}`, unweighted and only those with a coefficient, and a scalar.
     """
+    routings = [routing for routing in routings if not routing.reused]
     losses: dict[str, Tensor] = {}
     if config.load_balance_coef and routings:
         losses["load_balance"] = torch.stack(

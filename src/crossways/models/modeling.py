@@ -5,7 +5,9 @@ Legend: B batch, S sequence, D model width, R routers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -33,6 +35,8 @@ from crossways.models.decoder import CrosswaysDecoderLayer
 from crossways.models.losses import auxiliary_losses, share_of_step
 from crossways.models.outputs import RoutedCausalLMOutput, RoutedModelOutput
 from crossways.router import Router
+from crossways.routing import Context, Routing
+from crossways.sharing import build_sharing
 
 
 class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
@@ -41,7 +45,7 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
     config_class = CrosswaysConfig
     config: CrosswaysConfig
     _no_split_modules = ["CrosswaysDecoderLayer"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["cutoff"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["cutoff", "router.bias"]  # noqa: RUF012
     _can_compile_fullgraph = False  # ragged assignments have data-dependent shapes
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": CrosswaysDecoderLayer,
@@ -51,11 +55,14 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Experts | Gate):
+        if isinstance(module, Experts):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, Router) and module.has_cutoff:
-            init.constant_(module.cutoff, torch.nan)
+        elif isinstance(module, Gate):
+            module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, Router):
+            for name, buffer in module.named_buffers(recurse=False):
+                init.constant_(buffer, torch.nan if name == "cutoff" else 0.0)
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
@@ -82,9 +89,11 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(CrosswaysDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.gate_plan = dict(zip(config.moe_layers, config.gate_plan, strict=True))
-        used = {gate for gates in self.gate_plan.values() for gate in gates}
+        users = Counter(gate for gates in self.gate_plan.values() for gate in gates)
         gate = build_gate(config.gate)
-        self.gates = nn.ModuleList(gate.build(config.hidden_size, config.num_experts) for _ in used)
+        self.gates = nn.ModuleList(
+            gate.build(config.hidden_size, config.num_experts, users[index]) for index in range(len(users))
+        )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -94,6 +103,29 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     def routers(self) -> list[Router]:
         """All R routers, layer by layer and factor by factor, in the order of `routings`."""
         return [router for layer in self.layers for router in cast(CrosswaysDecoderLayer, layer).routers]
+
+    def _contexts(
+        self, valid_BS: Tensor | None, token_ids_BS: Tensor | None, causal: bool
+    ) -> dict[int, list[Context]]:
+        """For each routed layer, what its routers may look at, but for what earlier layers will decide."""
+        sharing = build_sharing(self.config.sharing)
+        contexts = {}
+        for position, (index, gates) in enumerate(self.gate_plan.items()):
+            routers = cast(CrosswaysDecoderLayer, self.layers[index]).routers
+            contexts[index] = [
+                Context(
+                    gate=self.gates[gate],
+                    valid_BS=valid_BS,
+                    causal=causal,
+                    token_ids_BS=token_ids_BS,
+                    layer=sharing.position(position),
+                    reuse=sharing.reuses_decision(position),
+                    cutoff_C=router.snapshot("cutoff"),
+                    bias_E=router.snapshot("bias"),
+                )
+                for gate, router in zip(gates, routers, strict=True)
+            ]
+        return contexts
 
     @merge_with_config_defaults
     @capture_outputs
@@ -135,7 +167,11 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         valid_BS = None
         if attention_mask is not None and attention_mask.dim() == 2:
             valid_BS = attention_mask[:, -length:].bool()
-        routings: tuple = ()
+        contexts = self._contexts(
+            valid_BS, input_ids, self.config.causal_routing if causal_routing is None else causal_routing
+        )
+        routings: tuple[Routing, ...] = ()
+        previous: tuple[Routing | None, ...] = (None,) * self.config.factors
         for index, module in enumerate(self.layers):
             layer = cast(CrosswaysDecoderLayer, module)
             hidden_states, decided = layer(
@@ -145,14 +181,13 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                gates=[self.gates[gate] for gate in self.gate_plan.get(index, ())],
-                # Copies: `observe` below must not change what a checkpointed layer recomputes in the backward pass.
-                cutoffs=[router.cutoff.clone() if router.has_cutoff else None for router in layer.routers],
-                valid_BS=valid_BS,
-                causal_routing=self.config.causal_routing if causal_routing is None else causal_routing,
+                contexts=[
+                    replace(context, previous=before)
+                    for context, before in zip(contexts.get(index, ()), previous, strict=False)
+                ],
                 **kwargs,
             )
-            routings = routings + decided
+            routings, previous = routings + decided, decided or previous
         if self.training and torch.is_grad_enabled():  # sampling from a model in training mode teaches it nothing
             for router, routing in zip(self.routers, routings, strict=True):
                 router.observe(routing)

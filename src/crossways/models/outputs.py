@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from crossways.router import Routing
+from crossways.routing import Routing
 
 
 @dataclass
