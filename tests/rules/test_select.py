@@ -15,7 +15,7 @@ from crossways.errors import UserError
 from crossways.rules.probe import Probe, check_selection, probe_selection
 from crossways.rules.score import Softmax, Unified
 from crossways.rules.select import ExpertChoice, Threshold, TopC, TopK, build_selection, selection_catalogue
-from crossways.rules.select.base import top_of_groups, whole
+from crossways.rules.select.base import budgets, top_of_groups, whole
 
 # One row of three tokens and one of two (the third is padding where a mask is given), three experts.
 SCORES_BSE = torch.tensor(
@@ -100,6 +100,13 @@ def test_disabled_experts_are_never_chosen():
         assignment = rule(SCORES_BSE, SCORES_BSE, allowed_BSE)
         assert assignment.load_E()[0] == 0
         assert assignment.num_pairs > 0
+
+
+def test_budgets_are_exact_in_large_groups():
+    tokens_G = torch.tensor([0, 1, 2150, 2**24 + 1])
+    assert budgets(tokens_G, 7.49).tolist() == [0, 7, 16104, (749 * (2**24 + 1) + 50) // 100]  # float32 gives 16103
+    assert budgets(torch.tensor([5, 15]), 0.1).tolist() == [1, 2]  # a half rounds up, also where 0.1 is not exact
+    assert budgets(torch.tensor([1, 4, 5]), 1.5, experts=4).tolist() == [0, 2, 2]  # 0.375, 1.5, 1.875
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -58,8 +58,8 @@ def user_errors(cls: C) -> C:
 class CrosswaysConfig(LlamaConfig):
     """Configuration of `CrosswaysModel`: everything of `LlamaConfig`, and which layers are routed and how.
 
-    Rules (`gate`, `score`, `select`, `sharing`) are a name or a mapping `{"name": ..., field: value}`; they are stored
-    as dictionaries. Raises `UserError` for an impossible combination.
+    Rules (`gate`, `score`, `select`, `sharing`) are a name or a dictionary `{"name": ..., field: value}`; they are
+    stored as dictionaries. Raises `UserError` for an impossible combination.
 
     Saving also writes a module of two import lines and an `auto_map`, so that a program that knows only transformers
     can load the model with `trust_remote_code=True` wherever crossways is installed.

@@ -20,6 +20,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwe
 
 from crossways.errors import UserError
 from crossways.experts.activation import Activation
+from crossways.gates import Linear, build_gate
 from crossways.models.configuration import CrosswaysConfig
 from crossways.models.modeling import CrosswaysForCausalLM
 from crossways.rules.score import Score, Softmax, Unified, build_score
@@ -192,6 +193,8 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, f"its selection is {select.name!r}, not 'top_k'")
     if not _plain_softmax(score := build_score(config.score)):
         raise _refused(family, f"its score is {score.name!r}, not 'softmax'")
+    if not isinstance(gate := build_gate(config.gate), Linear):
+        raise _refused(family, f"its gate is {gate.name!r}, not 'linear'")
     if config.mlp_bias:
         raise _refused(family, "its dense layers have biases")
     if any(router.perturbation is not None for router in model.model.routers):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -99,6 +100,23 @@ def check_budget(rule: str, k: float, num_experts: int) -> None:
 def whole(budget: float) -> int:
     """A fractional number of pairs rounded half up, so that budgets grow with k without banker's jumps."""
     return math.floor(budget + 0.5)
+
+
+def budgets(tokens_G: Tensor, k: float, experts: int = 1) -> Tensor:
+    """Pairs that groups of `tokens_G` tokens may spend at k a token, shared by `experts` experts, rounded half up.
+
+    In integers: float32, and a k such as 0.1 in any binary float, would be off by one in large groups.
+
+    Args:
+        tokens_G: int64 (G,), valid tokens of each group.
+        k: mean experts per token; taken as a fraction with a denominator of at most a million.
+        experts: among how many equal shares the budget is divided.
+
+    Returns:
+        int64 (G,).
+    """
+    rate = Fraction(k).limit_denominator(10**6) / experts
+    return (2 * rate.numerator * tokens_G + rate.denominator) // (2 * rate.denominator)
 
 
 def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor) -> Tensor:

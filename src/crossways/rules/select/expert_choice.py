@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.rules.select.base import Selection, check_budget, top_of_groups, valid_tokens
+from crossways.rules.select.base import Selection, budgets, check_budget, top_of_groups, valid_tokens
 from crossways.rules.select.threshold import Threshold, pooled_cutoff
 
 Group = Literal["sequence", "batch"]
@@ -56,7 +56,7 @@ class ExpertChoice(Selection):
             return x_BSE.reshape(groups, -1, num_experts).transpose(1, 2).flatten(0, 1)  # (G * E, N)
 
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
-        capacity_G = (tokens_G * (self.k / num_experts) + 0.5).floor().long()
+        capacity_G = budgets(tokens_G, self.k, num_experts)
         mask_GN = top_of_groups(
             by_expert(choice_BSE),
             None if allowed_BSE is None else by_expert(allowed_BSE),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.rules.select.base import Selection, check_budget, top_of_groups, valid_tokens
+from crossways.rules.select.base import Selection, budgets, check_budget, top_of_groups, valid_tokens
 from crossways.rules.select.threshold import Threshold, pooled_cutoff
 
 Group = Literal["sequence", "batch", "position"]
@@ -60,7 +60,7 @@ class TopC(Selection):
         mask_GN = top_of_groups(
             self._grouped(choice_BSE),
             None if allowed_BSE is None else self._grouped(allowed_BSE),
-            (tokens_G * self.k + 0.5).floor().long(),
+            budgets(tokens_G, self.k),
         )
         mask_BSE = self._ungrouped(mask_GN, batch, sequence)
         return Assignment.from_mask(mask_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts))

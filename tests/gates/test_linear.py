@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from crossways.gates import LinearGate
+from crossways.errors import UserError
+from crossways.gates import Linear, LinearGate, build_gate, gate_catalogue
 
 
 def test_logits_are_w_x():
@@ -28,3 +30,20 @@ def test_gradient_reaches_the_weight():
     gate = LinearGate(4, 2)
     gate(torch.ones(1, 1, 4)).sum().backward()
     assert torch.equal(gate.weight.grad, torch.ones(2, 4))
+
+
+def test_the_configuration_names_it():
+    assert build_gate("linear") == Linear()
+    gate = build_gate({"name": "linear"}).build(4, 3)
+    assert isinstance(gate, LinearGate)
+    assert gate.weight.shape == (3, 4)
+    with pytest.raises(UserError, match="unknown gate 'liner' \\(did you mean 'linear'"):
+        build_gate("liner")
+
+
+def test_every_gate_of_the_catalogue_gives_float32_logits():
+    for name in gate_catalogue():
+        gate = build_gate(name).build(8, 4)
+        logits_BSE = gate(torch.randn(2, 3, 8, dtype=torch.bfloat16))
+        assert logits_BSE.shape == (2, 3, 4), name
+        assert logits_BSE.dtype == torch.float32, name
