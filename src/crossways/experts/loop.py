@@ -64,7 +64,8 @@ class _Scratch:
     """Named row buffers, allocated once per call and cut to each tile's size."""
 
     def __init__(self, plan: TilePlan, like: Tensor) -> None:
-        self._rows, self._like, self._buffers = plan.max_rows, like, {}
+        self._rows, self._like = plan.max_rows, like
+        self._buffers: dict[str, Tensor] = {}
 
     def rows(self, name: str, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """The first `count` rows of the buffer `name` (rows, width)."""

@@ -6,6 +6,7 @@ Legend: T tokens, P pairs, R rows (pairs plus padding rows), E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def plan_tiles(assignment: Assignment, tile_rows: int, row_multiple: int = 1, ca
             batched product when the padding that takes (to the largest load among them) costs less.
     """
     offsets = assignment.offsets_E1.tolist()
-    loads = [stop - start for start, stop in zip(offsets, offsets[1:], strict=False)]
+    loads = [stop - start for start, stop in pairwise(offsets)]
     runs = _cut([-(-load // row_multiple) * row_multiple for load in loads], tile_rows, call_rows)
     rows = [0] * len(loads)
     for run in runs:
