@@ -1,4 +1,7 @@
-"""`Experts`: the stacked weights of one layer's experts. (Being replaced by the fast version.)"""
+"""`Experts`: the parameters of all experts of one layer, in transformers' standard layout.
+
+Legend: T tokens, E experts, D model width, F expert width.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ from torch import Tensor, nn
 
 from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
-from crossways.experts.naive import naive
+from crossways.experts.compute import backends, compute_experts
 
 
 class Experts(nn.Module):
-    """E feed-forward networks in transformers' stacked layout."""
+    """E feed-forward networks, held as two stacked tensors so that checkpoints of transformers' MoEs convert.
+
+    Gated activations have `gate_up_proj` (E, 2F, D), gate rows first; plain ones `up_proj` (E, F, D); both have
+    `down_proj` (E, D, F).
+    """
 
     def __init__(
         self,
@@ -21,16 +28,44 @@ class Experts(nn.Module):
         activation: str = "swiglu",
         backend: str = "auto",
     ) -> None:
+        """
+        Args:
+            num_experts: E.
+            hidden_size: D.
+            intermediate_size: F, of each expert.
+            activation: swiglu, geglu, reglu, silu, gelu or relu.
+            backend: `auto` or one of `crossways.experts.backends()`; whether it can run is known at the first call.
+
+        Raises:
+            ValueError: for an unknown activation or backend, or a size below 1.
+        """
         super().__init__()
+        if min(num_experts, hidden_size, intermediate_size) < 1:
+            raise ValueError(f"sizes must be at least 1, got {(num_experts, hidden_size, intermediate_size)}")
+        if backend not in ("auto", *backends()):
+            raise ValueError(f"unknown experts backend {backend!r}; choose auto or one of {', '.join(backends())}")
         self.activation, self.backend = Activation(activation), backend
         rows = intermediate_size * (2 if self.activation.gated else 1)
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, rows, hidden_size))
+        up = nn.Parameter(torch.empty(num_experts, rows, hidden_size))
+        self.register_parameter(self._up_name, up)
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.reset_parameters()
 
+    @property
+    def _up_name(self) -> str:
+        return "gate_up_proj" if self.activation.gated else "up_proj"
+
     def reset_parameters(self, std: float = 0.02) -> None:
-        nn.init.normal_(self.gate_up_proj, std=std)
-        nn.init.normal_(self.down_proj, std=std)
+        """Draw every weight from a normal distribution of this standard deviation."""
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=std)
 
     def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
-        return naive(x_TD, assignment, self.gate_up_proj, self.down_proj, self.activation)
+        """(T, D) to (T, D): each token's experts, weighted and summed."""
+        up_EHD = getattr(self, self._up_name)
+        return compute_experts(x_TD, assignment, up_EHD, self.down_proj, self.activation, self.backend)
+
+    def extra_repr(self) -> str:
+        """Sizes, activation and backend."""
+        experts, hidden, width = self.down_proj.shape
+        return f"{experts} x {hidden} -> {width}, activation={self.activation.name}, backend={self.backend}"

@@ -1,0 +1,132 @@
+"""Expert compute behind one function, and the choice of the backend that does it.
+
+Legend: T tokens, E experts, D model width, F expert width, H rows of the first matrix (2F gated, F plain).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from crossways.assignment import Assignment
+from crossways.errors import UserError
+from crossways.experts.activation import Activation
+from crossways.experts.grouped import grouped
+from crossways.experts.loop import loop
+from crossways.experts.naive import naive
+from crossways.experts.peers import PREFIX, peer_names, run_peer, why_not_peer
+
+_OURS = {"naive": naive, "loop": loop, "grouped_mm": grouped}
+
+
+def backends() -> list[str]:
+    """Every backend name, whether or not it can run here: ours, then transformers' own."""
+    return [*_OURS, *peer_names()]
+
+
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why backend `name` cannot run on tensors of this device and dtype; None when it can.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name not in backends():
+        raise UserError(f"unknown experts backend {name!r}; choose auto or one of {', '.join(backends())}")
+    if name == "loop" and device.type != "cpu":
+        return f"it reads the expert loads on the host, so it is for CPU tensors, and these are on {device.type}"
+    if name == "grouped_mm":
+        return _why_not_grouped(device, dtype)
+    return why_not_peer(name, device, dtype) if name.startswith(PREFIX) else None
+
+
+def _why_not_grouped(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not hasattr(functional, "grouped_mm"):
+        return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"torch.nn.functional.grouped_mm does not take {dtype}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "torch.nn.functional.grouped_mm needs compute capability 8.0"
+    return None
+
+
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend that `name` means for tensors of this device and dtype.
+
+    `auto` is `loop` on a CPU; elsewhere `grouped_mm` where it runs, else `naive`. Any other name means itself: a
+    backend that was asked for by name is never replaced.
+
+    Raises:
+        UserError: for an unknown name, or a backend that cannot run; the message says why.
+    """
+    device = torch.device(device)
+    if name == "auto":
+        if device.type == "cpu":
+            return "loop"
+        return "naive" if why_not("grouped_mm", device, dtype) else "grouped_mm"
+    if reason := why_not(name, device, dtype):
+        raise UserError(f"experts backend {name!r} cannot run: {reason}; choose another, or auto")
+    return name
+
+
+def compute_experts(
+    x_TD: Tensor,
+    assignment: Assignment,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: Activation,
+    backend: str = "auto",
+) -> Tensor:
+    """y[t] = sum over t's pairs of weight * down_e(activation(up_e(x[t]))).
+
+    Under `torch.autocast` the products run in the autocast dtype.
+
+    Args:
+        x_TD: inputs (T, D), of any floating dtype and strides.
+        assignment: which experts each token visits; routing weights of any floating dtype.
+        up_EHD: first matrices, (E, 2F, D) for gated activations (gate rows first), else (E, F, D); dtype of `x_TD`.
+        down_EDF: second matrices (E, D, F).
+        activation: between the two.
+        backend: a name from `backends()`, or `auto`.
+
+    Returns:
+        (T, D) in the dtype of `x_TD`; zero rows for tokens that chose nobody.
+
+    Raises:
+        UserError: when the backend cannot run.
+        ValueError: when shapes or dtypes do not fit each other.
+    """
+    _check_shapes(x_TD, assignment, up_EHD, down_EDF, activation)
+    device, dtype = x_TD.device.type, x_TD.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        low = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            tensors = x_TD.to(low), assignment, up_EHD.to(low), down_EDF.to(low)
+            return compute_experts(*tensors, activation, backend).to(dtype)
+    if up_EHD.dtype != dtype or down_EDF.dtype != dtype:
+        raise ValueError(
+            f"inputs are {dtype} but expert weights {up_EHD.dtype} and {down_EDF.dtype}; convert one, or use autocast"
+        )
+    name = resolve_backend(backend, x_TD.device, dtype)
+    function = _OURS.get(name) or partial(run_peer, name)
+    return function(x_TD, assignment, up_EHD, down_EDF, activation)
+
+
+def _check_shapes(
+    x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation
+) -> None:
+    tokens, model_width = x_TD.shape
+    experts, _, width = down_EDF.shape
+    expected = (experts, width * (2 if activation.gated else 1), model_width)
+    if tuple(up_EHD.shape) != expected or down_EDF.shape[1] != model_width:
+        raise ValueError(
+            f"expert weights {tuple(up_EHD.shape)} and {tuple(down_EDF.shape)} do not fit inputs {tuple(x_TD.shape)} "
+            f"with activation {activation.name!r}"
+        )
+    if assignment.num_tokens != tokens or assignment.num_experts != experts:
+        raise ValueError(
+            f"the assignment is for {assignment.num_tokens} tokens and {assignment.num_experts} experts, "
+            f"the inputs have {tokens} and the weights {experts}"
+        )
