@@ -101,9 +101,7 @@ def _peer_module(width: int, expert_width: int, experts: int, up_EHD: Tensor, do
     return module
 
 
-def _peer(
-    name: str, module: OlmoeExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
-) -> Callable[[], Tensor]:
+def _peer(name: str, module: OlmoeExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Callable[[], Tensor]:
     if name == "eager":
         eager = OlmoeExperts.forward.__wrapped__
         return lambda: eager(module, x_TD, index_TK, weight_TK)
