@@ -10,6 +10,15 @@ from crossways.study.recipe import MatchSettings
 
 BASE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
 REFERENCE = {**BASE, "num_experts": 16, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 96}
+LARGE = {
+    "hidden_size": 768,
+    "vocab_size": 32000,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "moe_every": 2,
+    "moe_intermediate_size": 3072,
+    "shared_expert_intermediate_size": 3072,
+}
 BOTH = ("total", "active")
 ROUTED = ("moe_intermediate_size", "shared_expert_intermediate_size")
 VARIANTS = {
@@ -44,20 +53,17 @@ def test_sizes_come_out_equal(name):
 
 
 def test_the_published_designs_have_the_published_widths():
-    large = {
-        "hidden_size": 768,
-        "vocab_size": 32000,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "moe_every": 2,
-        "moe_intermediate_size": 3072,
-        "shared_expert_intermediate_size": 3072,
-    }
-    reference = {**REFERENCE, **large}
+    reference = {**REFERENCE, **LARGE}
     far_off = dict.fromkeys(ROUTED, 512)
     for name, published in (("cartesian", (1536, 1536)), ("fine-grained", (1536, 3072))):
-        widths, _ = solve({**large, **far_off, **VARIANTS[name]}, reference=reference)
-        assert widths == dict(zip(ROUTED, published, strict=True)), name
+        widths, _ = solve({**LARGE, **far_off, **VARIANTS[name]}, reference=reference)
+        # One step less makes up for the larger gates, which the paper leaves as they come.
+        assert list(widths.values()) == pytest.approx(published, abs=8), name
+        assert all(width % 8 == 0 for width in widths.values())
+
+
+def test_declared_widths_that_fit_are_kept():
+    assert solve({"sharing": {"name": "block", "size": 4}}, multiple_of=1)[0] == dict.fromkeys(ROUTED, 96)
 
 
 def test_a_dense_model_matches_active_parameters():
@@ -67,9 +73,7 @@ def test_a_dense_model_matches_active_parameters():
     assert widths == {"intermediate_size": 296}  # 3 x 96, and the gates' share
 
 
-def test_widths_keep_their_granularity_where_the_tolerance_allows():
-    fine, _ = solve(VARIANTS["cartesian"], multiple_of=8)
-    assert all(width % 8 == 0 for width in fine.values())
+def test_granularity_yields_to_the_tolerance():
     tight, size = solve(VARIANTS["interleaved"], multiple_of=64, tolerance=0.002)
     got = counter(VARIANTS["interleaved"])(tight)
     assert any(width % 64 for width in tight.values())
@@ -81,12 +85,12 @@ def test_dense_layers_in_between_count_and_may_be_solved_for():
     fields = {"moe_every": 2, "shared_expert_intermediate_size": 0, "select": {"name": "top_k", "k": 3}}
     reference = {**REFERENCE, "moe_every": 2}
     with pytest.raises(UserError, match="cannot be brought"):
-        solve(fields, knobs=("moe_intermediate_size",), reference=reference, tolerance=0.001)
+        solve(fields, knobs=("moe_intermediate_size",), reference=reference, tolerance=0.005)
     knobs = ("intermediate_size", "moe_intermediate_size")
-    widths, size = solve(fields, knobs=knobs, reference=reference, tolerance=0.001)
+    widths, size = solve(fields, knobs=knobs, reference=reference, tolerance=0.005)
     got = counter(fields)(widths)
-    assert got.total == pytest.approx(size.total, rel=0.001)
-    assert got.active == pytest.approx(size.active, rel=0.001)
+    assert got.total == pytest.approx(size.total, rel=0.005)
+    assert got.active == pytest.approx(size.active, rel=0.005)
     assert widths["intermediate_size"] != 96
 
 

@@ -38,7 +38,9 @@ class Target:
 def solve_widths(
     name: str, count: Count, widths: Mapping[Knob, int], target: Target, settings: MatchSettings
 ) -> dict[Knob, int]:
-    """The whole-number widths whose counts are nearest to the target.
+    """The whole-number widths whose counts are nearest to the target; the declared ones if they are near enough.
+
+    A variant that only shares gates thus keeps its experts as they are, instead of growing them by a few columns.
 
     Args:
         name: the variant, for messages.
@@ -53,9 +55,11 @@ def solve_widths(
     model = _Affine.probe(count, widths, target.quantities)
     wanted = np.array([getattr(target.counts, quantity) for quantity in target.quantities], dtype=float)
     best: dict[Knob, int] = dict(widths)
+    if model.error(best, wanted) <= settings.tolerance:
+        return best
     for step in _granularities(settings.multiple_of):
         candidates = _candidates(model.solve(wanted), list(widths), step)
-        best = min(candidates, key=lambda found: (model.error(found, wanted), _distance(found, widths)))
+        best = min(candidates, key=lambda found: model.error(found, wanted))
         if model.error(best, wanted) <= settings.tolerance:
             return best
     raise UserError(_refusal(name, best, count(best), target, settings.tolerance))
@@ -121,10 +125,6 @@ def _candidates(solutions: Iterator[np.ndarray], knobs: Sequence[Knob], step: in
             ranges.append([width for width in nearby if width >= LEAST[knob]])
         found += [dict(zip(knobs, widths, strict=True)) for widths in itertools.product(*ranges)]
     return found
-
-
-def _distance(found: Mapping[Knob, int], declared: Mapping[Knob, int]) -> int:
-    return sum(abs(found[knob] - declared[knob]) for knob in declared)
 
 
 def _refusal(

@@ -1,0 +1,108 @@
+"""Runs side by side, each in a process of its own that never outlives the study."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from crossways.study.execute import execute
+from crossways.study.plan import Run
+from crossways.study.record import RunRecord
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run: Run
+    record: RunRecord | None = None
+    """The record of a run that finished."""
+    error: BaseException | None = None
+    """What stopped it otherwise."""
+
+
+def run_all(
+    runs: Sequence[Run], cache_dir: Path, *, workers: int, threads: int | None, progress: bool
+) -> Iterator[Outcome]:
+    """Execute runs and yield each outcome as it comes; an error ends its run and no other.
+
+    Args:
+        runs: what to do, in order.
+        cache_dir: shared by the runs.
+        workers: processes; with 1, runs take place in this process, with the trainer's progress bar.
+        threads: torch threads per run; None divides the cores.
+        progress: show progress bars.
+    """
+    threads = threads or max(1, available_cores() // workers)
+    if workers == 1:
+        with _torch_threads(threads):
+            for run in runs:
+                yield _outcome(run, lambda run=run: execute(run, cache_dir, progress=progress))  # type: ignore[misc]
+        return
+    with _pool(min(workers, len(runs)), threads) as pool:
+        futures: dict[Future[RunRecord], Run] = {
+            pool.submit(execute, run, cache_dir, progress=False): run for run in runs
+        }
+        for future in as_completed(futures):
+            yield _outcome(futures[future], future.result)
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _outcome(run: Run, result: Callable[[], RunRecord]) -> Outcome:
+    try:
+        return Outcome(run, record=result())
+    except Exception as error:  # a failed run must not cost the others their results; the caller reports it
+        return Outcome(run, error=error)
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool whose processes end with this one, however it ends: they hold a pipe that breaks with it."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads half-alive
+    leash, holder = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(leash, threads))
+    try:
+        yield pool
+    except BaseException:  # an interrupt, or a caller that stops listening
+        holder.close()  # ends the workers at once; their runs go on from their checkpoints next time
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    finally:
+        pool.shutdown(wait=True)
+        holder.close()
+        leash.close()
+
+
+def _start_worker(leash: Connection, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study decides what an interrupt means
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
+
+
+def _end_with(leash: Connection) -> None:
+    leash.poll(None)  # nothing is ever sent: readable means that the other end is gone
+    os._exit(1)
