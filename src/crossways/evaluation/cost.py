@@ -18,7 +18,6 @@ from torch import nn
 
 from crossways.errors import UserError
 from crossways.experts.module import Experts
-from crossways.gates import LinearGate
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.rules.registry import describe
 from crossways.rules.select import Threshold, build_selection
@@ -88,14 +87,15 @@ def forward_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> fl
     model = build_on_meta(config)
     experts_used = mean_budget(config) / config.num_experts if config.moe_layers else 0.0
     weights = 0.0
+    gates = set(model.model.gates.modules())
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module not in gates:
             weights += _size(module)
         elif isinstance(module, Experts):
             weights += _size(module) * experts_used
-    # A shared gate is stored once and applied by every router that shares it.
-    gate = sum(_size(module) for module in model.modules() if isinstance(module, LinearGate))
-    weights += gate / max(len(model.model.gates), 1) * len(model.model.routers)
+    # A shared gate is stored once and applied by every router that shares it; its vectors make no products.
+    applied = [gate for planned in config.gate_plan for gate in planned]
+    weights += sum(p.numel() for gate in applied for p in model.model.gates[gate].parameters() if p.dim() > 1)
     attention_width = config.num_attention_heads * config.head_dim
     products = 2 * sequence_length * attention_width * config.num_hidden_layers
     return 2.0 * (weights + products)
