@@ -21,14 +21,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="Name of a shipped recipe (see `crossways recipes`) or a YAML file.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (see `crossways recipes`) or a YAML file.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key, e.g. training.max_steps=100; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. training.max_steps=100."),
 ]
 OutOption = Annotated[Path | None, typer.Option(help="Folder for all results; default runs/RECIPE.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Delete and repeat runs made with other settings.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what it costs; train nothing.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and its costs; train nothing.")
+]
 
 
 def main() -> None:
@@ -123,7 +125,7 @@ def evaluate(
 ) -> None:
     """Evaluate a saved model on a corpus: print a table and write JSON.
 
-    Without --recipe, a model trained by a study is evaluated as there; --set takes corpus.*, evaluation.*, split_seed.
+    Without --recipe, a model trained by a study is evaluated as there. --set takes corpus, evaluation, split_seed.
     """
     from crossways.evaluation.command import evaluate_checkpoint
 
@@ -134,9 +136,9 @@ def evaluate(
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
     """Write table and page again from the records of a study."""
-    from crossways.study.runner import report_study
+    from crossways.study.publish import publish
 
-    report_study(out)
+    publish(out)
 
 
 @app.command()

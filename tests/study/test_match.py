@@ -8,7 +8,13 @@ from crossways.models import CrosswaysConfig
 from crossways.study.match import Target, solve_widths
 from crossways.study.recipe import MatchSettings
 
-BASE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+BASE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
 REFERENCE = {**BASE, "num_experts": 16, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 96}
 LARGE = {
     "hidden_size": 768,

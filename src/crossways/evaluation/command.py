@@ -88,8 +88,8 @@ def load_checkpoint(folder: Path) -> tuple[CrosswaysForCausalLM, PreTrainedToken
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model in {folder}: {error}") from error
     if not isinstance(model.config, CrosswaysConfig):
-        raise UserError(f"{folder} holds a {model.config.model_type!r} model; `crossways eval` reads 'crossways' ones")
-    return model, tokenizer
+        raise UserError(f"{folder} holds a {model.config.model_type!r} model, `crossways eval` reads only its own")
+    return model, tokenizer  # type: ignore[return-value]
 
 
 def _request(checkpoint: Path, recipe: str | None, overrides: Sequence[str]) -> EvaluationRequest:
@@ -107,6 +107,7 @@ def _request(checkpoint: Path, recipe: str | None, overrides: Sequence[str]) -> 
 
 def _table(evaluated: Evaluated, checkpoint: Path) -> Table:
     figures, protocol = evaluated.evaluation, evaluated.evaluation.protocol
+    disabled = figures.disabled
     rows: list[tuple[str, float | str | None]] = [
         ("rule", figures.rule),
         ("perplexity per token", figures.perplexity),
@@ -114,15 +115,16 @@ def _table(evaluated: Evaluated, checkpoint: Path) -> Table:
         ("perplexity, causal decode rule", figures.causal_perplexity),
         ("bits per byte, causal decode rule", figures.causal_bits_per_byte),
         ("experts per token", figures.budget),
-        ("perplexity, top-1 expert disabled", figures.disabled and figures.disabled.raw),
-        ("perplexity, top-1 expert disabled, rescaled", figures.disabled and figures.disabled.renormalized),
+        ("perplexity, top-1 expert disabled", disabled.raw if disabled else None),
+        ("perplexity, top-1 expert disabled, rescaled", disabled.renormalized if disabled else None),
         ("load imbalance", evaluated.load_imbalance),
         ("bits per byte of a unigram model", figures.unigram_bits_per_byte),
         ("may flatter, because", figures.leak_reason or None),
     ]
     caption = (
-        f"{protocol.documents} documents, {protocol.tokens} tokens, {protocol.bytes} bytes; window {protocol.window}, "
-        f"stride {protocol.stride}; {protocol.boundaries}; {protocol.dtype}; batch {protocol.batch_size}"
+        f"{protocol.documents} documents, {protocol.tokens} tokens, {protocol.bytes} bytes; "
+        f"window {protocol.window}, stride {protocol.stride}; {protocol.boundaries}; "
+        f"{protocol.dtype}; batch {protocol.batch_size}"
     )
     table = Table(title=Text(str(checkpoint)), caption=caption, caption_justify="left", show_header=False)
     for name, value in rows:

@@ -1,10 +1,11 @@
 """What a model costs before it is trained: parameters in total and per token, and operations per training token.
 
-Conventions. Parameters include embeddings and head, which the `non_embedding` counts leave out; a shared tensor counts
-once. *Active* is what one token uses at the selection's mean budget k: everything but the experts it skips.
-Operations are those of matrix products, 2 m n k each, the backward pass twice the forward; attention's two products are
-counted over the full S x S square, not its causal half (as torch's counter and PaLM, arXiv 2204.02311, appendix B, do);
-norms, activations, rotary embeddings and optimizer are left out, and so is recomputation under gradient checkpointing.
+Conventions. Parameters include embeddings and head, which the `non_embedding` counts leave out; a shared tensor
+counts once. *Active* is what one token uses at the selection's mean budget k: all but the experts it skips.
+Operations are those of matrix products, 2 m n k each, the backward pass twice the forward; attention's two products
+are counted over the full S x S square, not its causal half (as torch's counter does, and PaLM, arXiv 2204.02311,
+appendix B). Norms, activations, rotary embeddings, the optimizer and recomputation under gradient checkpointing are
+left out.
 
 Legend: S sequence.
 """
@@ -96,7 +97,7 @@ def forward_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> fl
     # A shared gate is stored once and applied by every router that shares it; its vectors make no products.
     applied = [gate for planned in config.gate_plan for gate in planned]
     weights += sum(p.numel() for gate in applied for p in model.model.gates[gate].parameters() if p.dim() > 1)
-    attention_width = config.num_attention_heads * config.head_dim
+    attention_width = config.num_attention_heads * (config.head_dim or 0)
     products = 2 * sequence_length * attention_width * config.num_hidden_layers
     return 2.0 * (weights + products)
 

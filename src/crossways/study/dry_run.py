@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from crossways.study.publish import recipe_text
 from crossways.study.recipe import Recipe
 from crossways.study.resolve import ResolvedVariant, resolve
-from crossways.study.runner import recipe_text
 
 
 def describe_recipe(recipe: Recipe, only: Sequence[str] | None = None) -> str:
@@ -32,7 +32,9 @@ def _facts(recipe: Recipe, variant: ResolvedVariant) -> dict[str, Any]:
         widths["moe_intermediate_size"] = config.moe_intermediate_size
         widths["shared_expert_intermediate_size"] = config.shared_expert_intermediate_size
     training = variant.training
-    tokens = training.max_steps * training.sequence_length * training.batch_size * training.gradient_accumulation_steps
+    tokens = (
+        training.max_steps * training.sequence_length * training.batch_size * training.gradient_accumulation_steps
+    )
     return {
         "widths": widths,
         "parameters": {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from crossways.evaluation.cost import count_parameters, training_flops_per_token
 from crossways.evaluation.evaluate import evaluate_model
@@ -19,13 +21,11 @@ from crossways.models import CrosswaysConfig
 from crossways.study.atomic import write_text_atomic
 from crossways.study.plan import Run
 from crossways.study.record import CurvePoint, Parameters, RunRecord, Training
+from crossways.training.checkpoints import remove_torn_checkpoints
 from crossways.training.corpus import Corpus, CorpusSettings, load_corpus
 from crossways.training.run import TrainedModel, train_model
 from crossways.training.settings import TrainingSettings
 from crossways.training.tokenizer import TokenizerSettings, load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def execute(run: Run, cache_dir: Path, *, progress: bool = True) -> RunRecord:
@@ -45,6 +45,7 @@ def execute(run: Run, cache_dir: Path, *, progress: bool = True) -> RunRecord:
     training = TrainingSettings(**run.settings["training"], **run.operational)
     config = run_config(run, tokenizer)
     checkpoints = run.folder / "trainer"
+    remove_torn_checkpoints(checkpoints)
     trained = train_model(
         config, corpus, tokenizer, training, checkpoints, run.seed, cache_dir=cache_dir, progress=progress
     )
@@ -72,10 +73,11 @@ def execute(run: Run, cache_dir: Path, *, progress: bool = True) -> RunRecord:
     return record
 
 
-def load_text(run: Run, cache_dir: Path) -> tuple[Corpus, PreTrainedTokenizerBase]:
-    """The corpus and the tokenizer of a run."""
-    fields = {key: value for key, value in run.settings["corpus"].items() if key != "content"}
-    corpus = load_corpus(CorpusSettings(**fields), run.settings["split_seed"])
+def load_text(run: Run, cache_dir: Path, corpus: Corpus | None = None) -> tuple[Corpus, PreTrainedTokenizerBase]:
+    """The corpus, unless it is given, and the tokenizer of a run."""
+    if corpus is None:
+        fields = {key: value for key, value in run.settings["corpus"].items() if key != "content"}
+        corpus = load_corpus(CorpusSettings(**fields), run.settings["split_seed"])
     return corpus, load_tokenizer(TokenizerSettings(**run.settings["tokenizer"]), corpus, cache_dir)
 
 
@@ -120,8 +122,6 @@ def processor() -> str:
 
 def write_settings(run: Run) -> None:
     """Make the run's folder and say in it what it is made with."""
-    import json
-
     write_text_atomic(run.settings_path, json.dumps(run.settings, indent=1, sort_keys=True) + "\n")
 
 

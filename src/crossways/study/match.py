@@ -17,7 +17,7 @@ from crossways.errors import UserError
 from crossways.evaluation.cost import ParameterCounts
 from crossways.study.recipe import Knob, MatchSettings, Quantity
 
-Count = Callable[[Mapping[str, int]], ParameterCounts]
+Count = Callable[[Mapping[Knob, int]], ParameterCounts]
 """Parameter counts of the model with the given widths."""
 
 LEAST: dict[Knob, int] = {"intermediate_size": 1, "moe_intermediate_size": 1, "shared_expert_intermediate_size": 0}
@@ -77,9 +77,10 @@ class _Affine:
     @classmethod
     def probe(cls, count: Count, widths: Mapping[Knob, int], quantities: Sequence[Quantity]) -> _Affine:
         # Active counts round a fractional budget to whole parameters; a wide probe makes the slope insensitive to it.
-        base, far = dict.fromkeys(widths, 1), 1024
+        base: dict[Knob, int] = dict.fromkeys(widths, 1)
+        far = 1024
 
-        def at(point: Mapping[str, int]) -> np.ndarray:
+        def at(point: Mapping[Knob, int]) -> np.ndarray:
             counts = count(point)
             return np.array([getattr(counts, quantity) for quantity in quantities], dtype=float)
 
@@ -136,8 +137,8 @@ def _refusal(
 
     solved = ", ".join(f"{knob} = {width}" for knob, width in widths.items())
     return (
-        f"variant {name!r} cannot be brought within {tolerance:.1%} of {target.name!r}: the best is {solved}, which "
-        f"gives {' and '.join(side(quantity) for quantity in target.quantities)}; {_advice(widths, reached, target)}, "
+        f"variant {name!r} cannot be brought within {tolerance:.1%} of {target.name!r}: the best is {solved}, "
+        f"giving {' and '.join(side(quantity) for quantity in target.quantities)}; {_advice(widths, reached, target)}, "
         "raise match.tolerance, or match fewer quantities (match.quantities of the variant)"
     )
 

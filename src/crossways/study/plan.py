@@ -30,7 +30,7 @@ class Run:
     seed: int
     """Of initialisation and data order."""
     settings: dict[str, Any]
-    """Everything that decides the result, as JSON: corpus, split_seed, tokenizer, model, training, evaluation, seed."""
+    """Everything that decides the result, as JSON: text, model, training, evaluation and seed."""
     operational: dict[str, Any]
     """The training settings that do not: when to write checkpoints, and to which tracker."""
     folder: Path
@@ -104,7 +104,9 @@ def changed_keys(run: Run) -> list[str]:
     try:
         before = json.loads(run.settings_path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{run.settings_path} is not readable ({error}); delete the folder to repeat the run") from error
+        raise UserError(
+            f"{run.settings_path} is not readable ({error}); delete the folder to repeat the run"
+        ) from error
     old, new = _flat(before), _flat(json.loads(json.dumps(run.settings)))
     return [
         f"{key} was {old.get(key, 'not set')!r} and is {new.get(key, 'not set')!r}"

@@ -46,11 +46,9 @@ def _follow(loc: Sequence[str | int], raw: object) -> tuple[list[str | int], obj
     """The part of `loc` that exists in `raw` (pydantic appends names of union members), and what stands there."""
     path: list[str | int] = []
     for part in loc:
-        if isinstance(raw, Mapping) and part in raw:
-            raw = raw[part]
-        elif isinstance(raw, list | tuple) and isinstance(part, int) and part < len(raw):
-            raw = raw[part]
-        else:
+        try:
+            raw = raw[part]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
             break
         path.append(part)
     return path, raw

@@ -107,9 +107,7 @@ def _solved(recipe: Recipe, name: str, model: Mapping[str, Any], size: Parameter
 def _finish(recipe: Recipe, name: str, model: Mapping[str, Any]) -> ResolvedVariant:
     variant, config = recipe.variants[name], build_config(name, model)
     overrides = variant.training.model_dump(exclude_unset=True)
-    training = validated(
-        TrainingSettings, {**recipe.training.model_dump(), **overrides}, f"variants.{name}.training"
-    )
+    training = validated(TrainingSettings, {**recipe.training.model_dump(), **overrides}, f"variants.{name}.training")
     for key, length in (
         ("training.sequence_length", training.sequence_length),
         ("evaluation.window", recipe.evaluation.window),

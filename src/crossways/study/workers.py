@@ -8,13 +8,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
+from crossways.errors import UserError
 from crossways.study.execute import execute
 from crossways.study.plan import Run
 from crossways.study.record import RunRecord
@@ -50,9 +53,7 @@ def run_all(
                 yield _outcome(run, lambda run=run: execute(run, cache_dir, progress=progress))  # type: ignore[misc]
         return
     with _pool(min(workers, len(runs)), threads) as pool:
-        futures: dict[Future[RunRecord], Run] = {
-            pool.submit(execute, run, cache_dir, progress=False): run for run in runs
-        }
+        futures: dict[Future[RunRecord], Run] = {pool.submit(_execute_logged, run, cache_dir): run for run in runs}
         for future in as_completed(futures):
             yield _outcome(futures[future], future.result)
 
@@ -65,6 +66,9 @@ def available_cores() -> int:
 def _outcome(run: Run, result: Callable[[], RunRecord]) -> Outcome:
     try:
         return Outcome(run, record=result())
+    except BrokenProcessPool as error:
+        message = "the process died, most likely of lack of memory; lower workers or training.batch_size"
+        return Outcome(run, error=UserError(message).with_traceback(error.__traceback__))
     except Exception as error:  # a failed run must not cost the others their results; the caller reports it
         return Outcome(run, error=error)
 
@@ -97,9 +101,20 @@ def _pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor]:
         leash.close()
 
 
+def _execute_logged(run: Run, cache_dir: Path) -> RunRecord:
+    """`execute` with all output in the run's `log.txt`, where runs side by side do not garble each other's."""
+    with (
+        (run.folder / "log.txt").open("a", buffering=1, encoding="utf-8") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        return execute(run, cache_dir, progress=False)
+
+
 def _start_worker(leash: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study decides what an interrupt means
     torch.set_num_threads(threads)
+    logging.set_verbosity_error()
     threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
 
 
