@@ -32,9 +32,8 @@ def _facts(recipe: Recipe, variant: ResolvedVariant) -> dict[str, Any]:
         widths["moe_intermediate_size"] = config.moe_intermediate_size
         widths["shared_expert_intermediate_size"] = config.shared_expert_intermediate_size
     training = variant.training
-    tokens = (
-        training.max_steps * training.sequence_length * training.batch_size * training.gradient_accumulation_steps
-    )
+    windows = training.max_steps * training.batch_size * training.gradient_accumulation_steps
+    tokens = windows * training.sequence_length
     return {
         "widths": widths,
         "parameters": {

@@ -135,10 +135,11 @@ def _refusal(
         got, want = getattr(reached, quantity), getattr(target.counts, quantity)
         return f"{quantity} {got / 1e6:.2f}M instead of {want / 1e6:.2f}M ({got / want - 1:+.1%})"
 
+    sides = " and ".join(side(quantity) for quantity in target.quantities)
     solved = ", ".join(f"{knob} = {width}" for knob, width in widths.items())
     return (
         f"variant {name!r} cannot be brought within {tolerance:.1%} of {target.name!r}: the best is {solved}, "
-        f"giving {' and '.join(side(quantity) for quantity in target.quantities)}; {_advice(widths, reached, target)}, "
+        f"giving {sides}; {_advice(widths, reached, target)}, "
         "raise match.tolerance, or match fewer quantities (match.quantities of the variant)"
     )
 

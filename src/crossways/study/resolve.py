@@ -101,7 +101,7 @@ def _solved(recipe: Recipe, name: str, model: Mapping[str, Any], size: Parameter
         return {}
     target = Target(str(recipe.match.reference), size, quantities)
     widths: dict[Knob, int] = {knob: getattr(config, knob) for knob in knobs}
-    return solve_widths(name, lambda found: counts(name, {**model, **found}), widths, target, recipe.match)
+    return solve_widths(name, lambda found: counts(name, dict(model) | dict(found)), widths, target, recipe.match)
 
 
 def _finish(recipe: Recipe, name: str, model: Mapping[str, Any]) -> ResolvedVariant:

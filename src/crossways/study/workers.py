@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -42,15 +43,15 @@ def run_all(
     Args:
         runs: what to do, in order.
         cache_dir: shared by the runs.
-        workers: processes; with 1, runs take place in this process, with the trainer's progress bar.
+        workers: processes; with 1, runs take place in this process.
         threads: torch threads per run; None divides the cores.
-        progress: show progress bars.
+        progress: with one worker, show the trainer's progress bar; otherwise output goes to each run's `log.txt`.
     """
     threads = threads or max(1, available_cores() // workers)
     if workers == 1:
         with _torch_threads(threads):
             for run in runs:
-                yield _outcome(run, lambda run=run: execute(run, cache_dir, progress=progress))  # type: ignore[misc]
+                yield _outcome(run, partial(_execute_shown if progress else _execute_logged, run, cache_dir))
         return
     with _pool(min(workers, len(runs)), threads) as pool:
         futures: dict[Future[RunRecord], Run] = {pool.submit(_execute_logged, run, cache_dir): run for run in runs}
@@ -99,6 +100,10 @@ def _pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True)
         holder.close()
         leash.close()
+
+
+def _execute_shown(run: Run, cache_dir: Path) -> RunRecord:
+    return execute(run, cache_dir, progress=True)
 
 
 def _execute_logged(run: Run, cache_dir: Path) -> RunRecord:
