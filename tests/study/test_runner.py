@@ -21,7 +21,7 @@ from crossways.study.runner import run_study
 
 @pytest.fixture
 def quiet():
-    return Console(file=open(os.devnull, "w", encoding="utf-8"), width=200)  # noqa: SIM115
+    return Console(file=open(os.devnull, "w", encoding="utf-8"), width=200)
 
 
 def records(out):
@@ -49,7 +49,7 @@ def test_a_study_leaves_a_record_per_run_a_table_and_a_page(write_recipe, tmp_pa
     assert "Dense" in (out / "table.md").read_text(encoding="utf-8")
     assert len((out / "table.csv").read_text(encoding="utf-8").splitlines()) == 3
     assert not list(out.glob("*/seed-*/trainer/checkpoint-*"))
-    assert not [p for p in out.rglob("*.tmp")]
+    assert not list(out.rglob("*.tmp"))
 
     before = {name: path.stat().st_mtime_ns for name, path in records(out).items()}
     run_study(recipe, out, console=quiet)
