@@ -75,6 +75,7 @@ def study(
     from crossways.study.load import load_recipe
     from crossways.study.runner import run_study
 
+    _no_bars_in_logs()
     loaded = load_recipe(recipe, overrides or ())
     if dry_run:
         typer.echo(describe_recipe(loaded))
@@ -101,6 +102,7 @@ def train(
     from crossways.study.plan import run_folder
     from crossways.study.runner import require_user_variant, run_study
 
+    _no_bars_in_logs()
     loaded = load_recipe(recipe, overrides or ())
     require_user_variant(variant, loaded)
     if dry_run:
@@ -129,6 +131,7 @@ def evaluate(
     """
     from crossways.evaluation.command import evaluate_checkpoint
 
+    _no_bars_in_logs()
     sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
     evaluate_checkpoint(checkpoint, out or checkpoint / "evaluation.json", recipe, sets, causal=causal)
 
@@ -148,6 +151,16 @@ def recipes() -> None:
 
     for name, file in shipped_recipes().items():
         typer.echo(f"{name}: {parse_yaml(file.read_text(encoding='utf-8'), name).get('title', '')}")
+
+
+def _no_bars_in_logs() -> None:
+    """Progress bars are for terminals; elsewhere standard error holds errors only."""
+    if not sys.stderr.isatty():
+        import datasets
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
 
 
 def _default_out(recipe: str) -> Path:
