@@ -1,8 +1,10 @@
-"""Synthetic records: cheap, deterministic, and as hostile as a recipe may be."""
+"""Synthetic records: cheap, deterministic, and as hostile as a recipe may be. Recipes of tiny studies."""
 
+import json
 import math
 
 import pytest
+import yaml
 
 from crossways.study.record import (
     CurvePoint,
@@ -74,3 +76,73 @@ def make_record():
         return RunRecord(**(fields | changes))
 
     return make
+
+
+# A study small enough to be run in a test.
+SENTENCES = ("the cat sat on the mat", "a dog ran in the park", "birds sing at dawn", "rain falls on the old roof")
+
+
+def tiny_recipe(corpus, **changes):
+    recipe = {
+        "title": "Tiny <study>",
+        "notice": "A test.",
+        "corpus": {"source": str(corpus), "validation_fraction": 0.2},
+        "tokenizer": {"vocab_size": 270},
+        "model": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "max_position_embeddings": 64,
+            "select": {"name": "top_k", "k": 2},
+        },
+        "training": {
+            "max_steps": 4,
+            "sequence_length": 16,
+            "batch_size": 2,
+            "learning_rate": 0.001,
+            "logging_steps": 2,
+            "save_steps": 2,
+            "report_to": "none",
+        },
+        "evaluation": {"window": 16, "max_tokens": 200},
+        "match": {"reference": "routed", "tolerance": 0.05, "multiple_of": 2},
+        "variants": {
+            "dense": {"label": "Dense", "model": {"moe_every": 0}},
+            "routed": {"label": "Routed", "model": {"select": {"name": "top_c", "k": 2}}},
+        },
+        "comparisons": [{"title": "Any", "question": "Which?", "variants": ["dense", "routed"], "baseline": "dense"}],
+        "seeds": [0, 1],
+        "threads": 1,
+    }
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        target = recipe
+        for part in parents:
+            target = target[part]
+        target[last] = value
+    return recipe
+
+
+@pytest.fixture
+def tiny_corpus(tmp_path):
+    """Forty short documents in a JSONL file."""
+    path = tmp_path / "corpus.jsonl"
+    texts = [" ".join(SENTENCES[(i + j * (1 + i % 3)) % 4] for j in range(6)) + f" {i}" for i in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def write_recipe(tmp_path, tiny_corpus):
+    """Writes the tiny recipe, with `section__key=value` changes, and gives its path."""
+
+    def write(name="tiny", **changes):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tiny_recipe(tiny_corpus, **changes), sort_keys=False), encoding="utf-8")
+        return path
+
+    return write

@@ -51,7 +51,7 @@ def load_tokenizer(settings: TokenizerSettings, corpus: Corpus, cache_dir: Path)
             token.
     """
     if settings.name is not None:
-        return _named(settings.name)
+        return load_named(settings.name)
     if settings.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
             f"tokenizer.vocab_size={settings.vocab_size} is too small: a byte-level vocabulary holds 256 "
@@ -95,7 +95,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str
         )["input_ids"]
 
 
-def _named(name: str) -> PreTrainedTokenizerBase:
+def load_named(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # parsers and the network raise types without a common base

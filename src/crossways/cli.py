@@ -1,0 +1,184 @@
+"""The `crossways` command. Each command imports what it needs, so that `--help` costs nothing.
+
+A mistake of the user is one line on standard error and exit code 2; anything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crossways import __version__
+from crossways.errors import UserError
+
+app = typer.Typer(
+    help="Train, compare and look at Mixture-of-Experts routings.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (see `crossways recipes`) or a YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. training.max_steps=100."),
+]
+OutOption = Annotated[Path | None, typer.Option(help="Folder for all results; default runs/RECIPE.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Delete and repeat runs made with other settings.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and its costs; train nothing.")
+]
+
+
+def main() -> None:
+    """Entry point of the `crossways` command."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"crossways {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train, compare and look at Mixture-of-Experts routings."""
+
+
+@app.command()
+def study(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    overrides: SetOption = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds to run instead of the recipe's, e.g. 0,1,2.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run only these variants, e.g. dense,cartesian.")] = None,
+    dry_run: DryRunOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Train and evaluate every variant of RECIPE with every seed, then write table.md, table.csv and report.html.
+
+    The same command goes on where a killed one stopped and repeats no finished run.
+    """
+    from crossways.study.dry_run import describe_recipe
+    from crossways.study.load import load_recipe
+    from crossways.study.runner import run_study
+
+    _no_bars_in_logs()
+    loaded = load_recipe(recipe, overrides or ())
+    if dry_run:
+        typer.echo(describe_recipe(loaded))
+        return
+    run_study(loaded, out or _default_out(recipe), only=_names(only), seeds=_seeds(seeds), force=force)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    variant: Annotated[str, typer.Option(help="Which variant of the recipe.")],
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: the recipe's first seed.")] = None,
+    out: OutOption = None,
+    overrides: SetOption = None,
+    dry_run: DryRunOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Train and evaluate one variant of RECIPE; the model lands in OUT/VARIANT/seed-SEED/model.
+
+    Takes up an interrupted run, and shares its folder with `crossways study`.
+    """
+    from crossways.study.dry_run import describe_recipe
+    from crossways.study.load import load_recipe
+    from crossways.study.plan import run_folder
+    from crossways.study.runner import require_user_variant, run_study
+
+    _no_bars_in_logs()
+    loaded = load_recipe(recipe, overrides or ())
+    require_user_variant(variant, loaded)
+    if dry_run:
+        typer.echo(describe_recipe(loaded, [variant]))
+        return
+    out = out or _default_out(recipe)
+    seed = loaded.seeds[0] if seed is None else seed
+    run_study(loaded, out, only=[variant], seeds=[seed], force=force)
+    typer.echo(f"model: {run_folder(out, variant, seed) / 'model'}")
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Take corpus, split_seed and evaluation from this recipe.")
+    ] = None,
+    overrides: SetOption = None,
+    corpus: Annotated[str | None, typer.Option(help="Source of the text; short for --set corpus.source=...")] = None,
+    causal: Annotated[bool, typer.Option("--causal", help="Route by the decode twin, as generation does.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file; default CHECKPOINT/evaluation.json.")] = None,
+) -> None:
+    """Evaluate a saved model on a corpus: print a table and write JSON.
+
+    Without --recipe, a model trained by a study is evaluated as there. --set takes corpus, evaluation, split_seed.
+    """
+    from crossways.evaluation.command import evaluate_checkpoint
+
+    _no_bars_in_logs()
+    sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
+    evaluate_checkpoint(checkpoint, out or checkpoint / "evaluation.json", recipe, sets, causal=causal)
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
+    """Write table and page again from the records of a study."""
+    from crossways.study.publish import publish
+
+    publish(out)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes inside the package."""
+    from crossways.study.load import parse_yaml, shipped_recipes
+
+    for name, file in shipped_recipes().items():
+        typer.echo(f"{name}: {parse_yaml(file.read_text(encoding='utf-8'), name).get('title', '')}")
+
+
+def _no_bars_in_logs() -> None:
+    """Progress bars are for terminals; elsewhere standard error holds errors only."""
+    if not sys.stderr.isatty():
+        import datasets
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+
+
+def _default_out(recipe: str) -> Path:
+    return Path("runs") / Path(recipe).stem
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else None
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    names = _names(text)
+    if names is None:
+        return None
+    if not all(name.isdigit() for name in names) or len(set(names)) < len(names):
+        raise UserError(f"--seeds {text!r}: expected different whole numbers separated by commas, such as 0,1,2")
+    return [int(name) for name in names]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""`crossways eval`: a saved model and a corpus in, a table and a JSON file out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from crossways.errors import UserError
+from crossways.evaluation.evaluate import Evaluated, evaluate_model
+from crossways.evaluation.settings import EvaluationSettings
+from crossways.models import CrosswaysConfig, CrosswaysForCausalLM, register
+from crossways.settings import Settings
+from crossways.study.atomic import write_text_atomic
+from crossways.study.load import apply_overrides, load_recipe, validated
+from crossways.training.corpus import CorpusSettings, load_corpus
+
+
+class EvaluationRequest(Settings):
+    """The part of a recipe that an evaluation reads."""
+
+    corpus: CorpusSettings = CorpusSettings()
+    """The text; its validation documents are scored."""
+    split_seed: int = Field(default=0, ge=0)
+    """Seed of the split into training and validation documents."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """The perplexity protocol."""
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    causal: bool = False,
+    console: Console | None = None,
+) -> Evaluated:
+    """Evaluate a saved model, print the figures and write them to `out`.
+
+    Args:
+        checkpoint: folder made by `save_pretrained` of model and tokenizer.
+        out: JSON file.
+        recipe: where corpus and protocol come from; default the study the model was trained in, if it was.
+        overrides: `dotted.key=value` for corpus, split_seed and evaluation.
+        causal: route by the decode twin.
+        console: where the table goes.
+
+    Raises:
+        UserError: no such model, an impossible protocol, an empty corpus.
+    """
+    request = _request(checkpoint, recipe, overrides)
+    model, tokenizer = load_checkpoint(checkpoint)
+    model.config.causal_routing = causal or model.config.causal_routing
+    corpus = load_corpus(request.corpus, request.split_seed)
+    evaluated = evaluate_model(model.eval(), tokenizer, corpus, request.evaluation, out.parent / "cache")
+    load = [router.model_dump(mode="json") for router in evaluated.expert_load]
+    result = {
+        "checkpoint": str(checkpoint),
+        "settings": request.model_dump(mode="json"),
+        "causal_routing": model.config.causal_routing,
+        "evaluation": evaluated.evaluation.model_dump(mode="json"),
+        "load_imbalance": evaluated.load_imbalance,
+        "expert_load": load,
+    }
+    write_text_atomic(out, json.dumps(result, indent=1) + "\n")
+    console = console or Console()
+    console.print(_table(evaluated, checkpoint))
+    console.print(f"written to {out}", highlight=False, soft_wrap=True, markup=False)
+    return evaluated
+
+
+def load_checkpoint(folder: Path) -> tuple[CrosswaysForCausalLM, PreTrainedTokenizerBase]:
+    """A saved model and its tokenizer; raises `UserError` when the folder does not hold them."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no saved model: there is no config.json in it")
+    register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model in {folder}: {error}") from error
+    if not isinstance(model.config, CrosswaysConfig):
+        raise UserError(f"{folder} holds a {model.config.model_type!r} model, `crossways eval` reads only its own")
+    return model, tokenizer  # type: ignore[return-value]
+
+
+def _request(checkpoint: Path, recipe: str | None, overrides: Sequence[str]) -> EvaluationRequest:
+    raw: dict[str, Any] = {}
+    settings = checkpoint.parent / "settings.json"
+    if recipe is not None:
+        loaded = load_recipe(recipe)
+        raw = {key: loaded.model_dump()[key] for key in EvaluationRequest.model_fields}
+    elif settings.is_file():
+        kept = json.loads(settings.read_text(encoding="utf-8"))
+        raw = {key: kept[key] for key in EvaluationRequest.model_fields}
+        raw["corpus"].pop("content", None)
+    return validated(EvaluationRequest, apply_overrides(raw, overrides), "crossways eval")
+
+
+def _table(evaluated: Evaluated, checkpoint: Path) -> Table:
+    figures, protocol = evaluated.evaluation, evaluated.evaluation.protocol
+    disabled = figures.disabled
+    rows: list[tuple[str, float | str | None]] = [
+        ("rule", figures.rule),
+        ("perplexity per token", figures.perplexity),
+        ("bits per byte", figures.bits_per_byte),
+        ("perplexity, causal decode rule", figures.causal_perplexity),
+        ("bits per byte, causal decode rule", figures.causal_bits_per_byte),
+        ("experts per token", figures.budget),
+        ("perplexity, top-1 expert disabled", disabled.raw if disabled else None),
+        ("perplexity, top-1 expert disabled, rescaled", disabled.renormalized if disabled else None),
+        ("load imbalance", evaluated.load_imbalance),
+        ("bits per byte of a unigram model", figures.unigram_bits_per_byte),
+        ("may flatter, because", figures.leak_reason or None),
+    ]
+    caption = (
+        f"{protocol.documents} documents, {protocol.tokens} tokens, {protocol.bytes} bytes; "
+        f"window {protocol.window}, stride {protocol.stride}; {protocol.boundaries}; "
+        f"{protocol.dtype}; batch {protocol.batch_size}"
+    )
+    table = Table(title=Text(str(checkpoint)), caption=caption, caption_justify="left", show_header=False)
+    for name, value in rows:
+        if value is not None:
+            table.add_row(name, Text(value if isinstance(value, str) else f"{value:.4g}"))
+    return table

@@ -1,0 +1,116 @@
+"""What a model costs before it is trained: parameters in total and per token, and operations per training token.
+
+Conventions. Parameters include embeddings and head, which the `non_embedding` counts leave out; a shared tensor
+counts once. *Active* is what one token uses at the selection's mean budget k: all but the experts it skips.
+Operations are those of matrix products, 2 m n k each, the backward pass twice the forward; attention's two products
+are counted over the full S x S square, not its causal half (as torch's counter does, and PaLM, arXiv 2204.02311,
+appendix B). Norms, activations, rotary embeddings, the optimizer and recomputation under gradient checkpointing are
+left out.
+
+Legend: S sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from crossways.errors import UserError
+from crossways.experts.module import Experts
+from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+from crossways.rules.registry import describe
+from crossways.rules.select import Threshold, build_selection
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters."""
+
+    total: int
+    """All of them."""
+    active: int
+    """Those one token uses at the mean budget, rounded to a whole number."""
+    router: int
+    """Those of all gates."""
+    total_non_embedding: int
+    """`total` without input embedding and head."""
+    active_non_embedding: int
+    """`active` without input embedding and head."""
+
+
+def build_on_meta(config: CrosswaysConfig) -> CrosswaysForCausalLM:
+    """The model with shapes and no memory, of any size."""
+    with torch.device("meta"):
+        return CrosswaysForCausalLM(config)
+
+
+def mean_budget(config: CrosswaysConfig) -> float:
+    """Experts per token and router that the configured selection spends on average, k; may be fractional.
+
+    Raises:
+        UserError: for a threshold with a fixed value, whose budget depends on the text.
+    """
+    selection = build_selection(config.select or "top_k")
+    if isinstance(selection, Threshold) and selection.value is not None:
+        raise UserError(
+            f"the budget of {describe(selection)} depends on the text, so its active parameters and FLOPs cannot be "
+            "counted; leave out `value` and give the budget `k`"
+        )
+    return float(selection.k)  # type: ignore[attr-defined]
+
+
+def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
+    """Exact counts, taken from the model built on the meta device.
+
+    Raises:
+        UserError: if the selection's mean budget is not known beforehand.
+    """
+    model = build_on_meta(config)
+    total = _size(model)
+    experts = sum(_size(module) for module in model.modules() if isinstance(module, Experts))
+    used = mean_budget(config) / config.num_experts if experts else 0.0
+    active = total - experts + round(experts * used)
+    embedding = len({id(p): p for p in (model.model.embed_tokens.weight, model.lm_head.weight)})
+    embedding *= config.vocab_size * config.hidden_size
+    return ParameterCounts(
+        total=total,
+        active=active,
+        router=_size(model.model.gates),
+        total_non_embedding=total - embedding,
+        active_non_embedding=active - embedding,
+    )
+
+
+def forward_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> float:
+    """Matrix-product operations per token of a forward pass over windows of S tokens, without the loss."""
+    model = build_on_meta(config)
+    experts_used = mean_budget(config) / config.num_experts if config.moe_layers else 0.0
+    weights = 0.0
+    gates = set(model.model.gates.modules())
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module not in gates:
+            weights += _size(module)
+        elif isinstance(module, Experts):
+            weights += _size(module) * experts_used
+    # A shared gate is stored once and applied by every router that shares it; its vectors make no products.
+    applied = [gate for planned in config.gate_plan for gate in planned]
+    weights += sum(p.numel() for gate in applied for p in model.model.gates[gate].parameters() if p.dim() > 1)
+    attention_width = config.num_attention_heads * (config.head_dim or 0)
+    products = 2 * sequence_length * attention_width * config.num_hidden_layers
+    return 2.0 * (weights + products)
+
+
+def training_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> float:
+    """Operations per training token, forward and backward: three times `forward_flops_per_token`.
+
+    Args:
+        config: the model.
+        sequence_length: S, tokens in a training window.
+    """
+    return 3.0 * forward_flops_per_token(config, sequence_length)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,141 @@
+"""Counts against the published tables, and operations against torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from crossways.errors import UserError
+from crossways.evaluation.cost import (
+    count_parameters,
+    forward_flops_per_token,
+    mean_budget,
+    training_flops_per_token,
+)
+from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+
+SIZES = {"base": (12, 768, 3072, 12), "large": (24, 1024, 4096, 16)}
+DESIGNS = {
+    "dense": lambda width: {"moe_every": 0},
+    "smoe-share": lambda width: {"moe_intermediate_size": width, "shared_expert_intermediate_size": width},
+    "fine-grained": lambda width: {
+        "num_experts": 32,
+        "select": {"name": "top_k", "k": 4},
+        "moe_intermediate_size": width // 2,
+        "shared_expert_intermediate_size": width,
+    },
+    "cartesian": lambda width: {
+        "layer": "cartesian",
+        "moe_intermediate_size": width // 2,
+        "shared_expert_intermediate_size": width // 2,
+    },
+}
+# Millions, CartesianMoE (arXiv 2410.16077), table 1, with one digit more than the paper prints.
+PUBLISHED = [
+    ("base", "dense", 162.4, 162.4),
+    ("large", "dense", 468.2, 468.2),
+    ("base", "smoe-share", 842.0, 247.4),
+    ("large", "smoe-share", 2884.4, 770.4),
+    ("base", "fine-grained", 842.0, 247.5),
+    ("large", "fine-grained", 2884.6, 770.6),
+    ("base", "cartesian", 842.0, 247.5),
+    ("large", "cartesian", 2884.6, 770.6),
+]
+
+
+def published(size, design):
+    layers, hidden, width, heads = SIZES[size]
+    fields = {"moe_every": 2, **DESIGNS[design](width)}
+    return CrosswaysConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        **fields,
+    )
+
+
+@pytest.mark.parametrize(("size", "design", "total", "active"), PUBLISHED)
+def test_counts_are_those_of_the_published_table(size, design, total, active):
+    counts = count_parameters(published(size, design))
+    assert round(counts.total / 1e6, 1) == total
+    assert round(counts.active / 1e6, 1) == active
+
+
+def tiny(**fields):
+    defaults = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_experts": 8,
+        "moe_intermediate_size": 12,
+        "experts_backend": "naive",
+        "attn_implementation": "eager",
+    }
+    return CrosswaysConfig(**{**defaults, **fields})
+
+
+VARIANTS = {
+    "dense": {"moe_every": 0},
+    "moe": {},
+    "interleaved": {"moe_every": 2},
+    "shared expert": {"shared_expert_intermediate_size": 20},
+    "cartesian": {"layer": "cartesian", "num_factors": 3, "shared_expert_intermediate_size": 4},
+    "shared gates": {"sharing": {"name": "block", "size": 3}},
+    "fractional budget": {"select": {"name": "top_c", "k": 1.5}},
+    "expert choice": {"select": {"name": "expert_choice", "k": 2}},
+    "plain activation": {"expert_activation": "relu"},
+    "balanced": {"load_balance_coef": 0.01, "router_z_loss_coef": 0.001},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_operations_equal_those_torch_counts(name):
+    batch, sequence = 2, 16
+    config = tiny(**VARIANTS[name])
+    model = CrosswaysForCausalLM(config).train()
+    ids = torch.randint(0, 64, (batch, sequence))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert counter.get_total_flops() == training_flops_per_token(config, sequence) * batch * sequence
+
+
+def test_forward_operations_are_a_third():
+    config = tiny()
+    assert forward_flops_per_token(config, 16) * 3 == training_flops_per_token(config, 16)
+
+
+def test_active_leaves_out_only_skipped_experts():
+    config = tiny(num_experts=8, select={"name": "top_c", "k": 0.5})
+    expert = 3 * 16 * 12
+    counts = count_parameters(config)
+    assert counts.total - counts.active == round(4 * (8 - 0.5) * expert)
+    assert mean_budget(config) == 0.5
+
+
+def test_shared_gates_count_once():
+    own, shared = count_parameters(tiny()), count_parameters(tiny(sharing={"name": "block", "size": 4}))
+    assert own.router == 4 * 8 * 16
+    assert shared.router == 8 * 16
+    assert own.total - shared.total == own.router - shared.router
+
+
+def test_embeddings_are_included_and_told_apart():
+    counts, tied = count_parameters(tiny()), count_parameters(tiny(tie_word_embeddings=True))
+    assert counts.total - counts.total_non_embedding == 2 * 64 * 16
+    assert tied.total - tied.total_non_embedding == 64 * 16
+    assert counts.active_non_embedding == tied.active_non_embedding
+
+
+def test_counts_equal_those_of_the_real_model():
+    config = tiny(**VARIANTS["cartesian"])
+    assert count_parameters(config).total == CrosswaysForCausalLM(config).num_parameters()
+
+
+def test_a_fixed_threshold_has_no_budget_to_count():
+    with pytest.raises(UserError, match="depends on the text"):
+        count_parameters(tiny(select={"name": "threshold", "value": 0.2}))
