@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from crossways import __version__, cli
+from crossways.models import CrosswaysForCausalLM
 from crossways.study.record import RunRecord
 
 
@@ -92,6 +95,27 @@ def test_eval_takes_another_corpus(crossways, write_recipe, tmp_path):
     result = json.loads((model / "evaluation.json").read_text(encoding="utf-8"))
     assert result["settings"]["corpus"]["source"] == str(text)
     assert result["evaluation"]["protocol"]["documents"] == 1
+
+
+def test_export_writes_what_plain_transformers_loads(crossways, write_recipe, tmp_path):
+    recipe = write_recipe(variants__routed__model={"score": "softmax"})
+    assert crossways("train", recipe, "--variant", "routed", "--out", tmp_path / "out")[0] == 0
+    model, exported = tmp_path / "out" / "routed" / "seed-0" / "model", tmp_path / "exported"
+    assert crossways("export", model, "--to", "qwen2-moe", "--out", exported)[0] == 0
+    ids = torch.arange(12)[None]
+    ours = CrosswaysForCausalLM.from_pretrained(model)(ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(exported)
+    assert type(plain).__module__.startswith("transformers.")
+    torch.testing.assert_close(plain(ids).logits, ours)
+
+
+def test_export_refuses_what_a_family_cannot_express(crossways, write_recipe, tmp_path):
+    assert crossways("train", write_recipe(), "--variant", "routed", "--out", tmp_path / "out")[0] == 0
+    model, exported = tmp_path / "out" / "routed" / "seed-0" / "model", tmp_path / "exported"
+    code, _, err = crossways("export", model, "--to", "qwen2-moe", "--out", exported)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "top_c" in err
+    assert not exported.exists()
 
 
 def test_train_does_one_run_where_study_finds_it(crossways, write_recipe, tmp_path):

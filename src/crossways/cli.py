@@ -137,6 +137,20 @@ def evaluate(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
+    to: Annotated[str, typer.Option(help="Family of transformers: qwen2-moe or mixtral.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Convert a model to a family of transformers, with the same logits, or say why that cannot be."""
+    from crossways.models.export import export_checkpoint
+
+    _no_bars_in_logs()
+    export_checkpoint(checkpoint, to, out)
+    typer.echo(f"model: {out}")
+
+
+@app.command()
 def report(out: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
     """Write table and page again from the records of a study."""
     from crossways.study.publish import publish

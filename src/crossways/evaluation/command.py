@@ -11,12 +11,10 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from crossways.errors import UserError
 from crossways.evaluation.evaluate import Evaluated, evaluate_model
 from crossways.evaluation.settings import EvaluationSettings
-from crossways.models import CrosswaysConfig, CrosswaysForCausalLM, register
+from crossways.models.checkpoint import load_checkpoint
 from crossways.settings import Settings
 from crossways.study.atomic import write_text_atomic
 from crossways.study.load import apply_overrides, load_recipe, validated
@@ -75,21 +73,6 @@ def evaluate_checkpoint(
     console.print(_table(evaluated, checkpoint))
     console.print(f"written to {out}", highlight=False, soft_wrap=True, markup=False)
     return evaluated
-
-
-def load_checkpoint(folder: Path) -> tuple[CrosswaysForCausalLM, PreTrainedTokenizerBase]:
-    """A saved model and its tokenizer; raises `UserError` when the folder does not hold them."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no saved model: there is no config.json in it")
-    register()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model in {folder}: {error}") from error
-    if not isinstance(model.config, CrosswaysConfig):
-        raise UserError(f"{folder} holds a {model.config.model_type!r} model, `crossways eval` reads only its own")
-    return model, tokenizer  # type: ignore[return-value]
 
 
 def _request(checkpoint: Path, recipe: str | None, overrides: Sequence[str]) -> EvaluationRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,7 @@ def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, progress: b
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.dtype == "bfloat16",
         fp16=settings.dtype == "float16",
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_checkpointing(settings),
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         save_steps=settings.save_steps,
@@ -112,6 +112,15 @@ def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, progress: b
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _checkpointing(settings: TrainingSettings) -> dict[str, Any]:
+    if not settings.gradient_checkpointing:
+        return {}
+    # transformers 5.2x renames the option; both names mean the same.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _tokens_per_step(windows: Dataset[Any] | IterableDataset[Any], settings: TrainingSettings) -> int:
