@@ -21,7 +21,6 @@ from crossways.models import CrosswaysConfig
 from crossways.study.atomic import write_text_atomic
 from crossways.study.plan import Run
 from crossways.study.record import CurvePoint, Parameters, RunRecord, Training
-from crossways.training.checkpoints import remove_torn_checkpoints
 from crossways.training.corpus import Corpus, CorpusSettings, load_corpus
 from crossways.training.run import TrainedModel, train_model
 from crossways.training.settings import TrainingSettings
@@ -45,7 +44,6 @@ def execute(run: Run, cache_dir: Path, *, progress: bool = True) -> RunRecord:
     training = TrainingSettings(**run.settings["training"], **run.operational)
     config = run_config(run, tokenizer)
     checkpoints = run.folder / "trainer"
-    remove_torn_checkpoints(checkpoints)
     trained = train_model(
         config, corpus, tokenizer, training, checkpoints, run.seed, cache_dir=cache_dir, progress=progress
     )

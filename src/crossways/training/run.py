@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from crossways.errors import UserError
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+from crossways.training.checkpoints import remove_torn_checkpoints
 from crossways.training.corpus import Corpus
 from crossways.training.memory import peak_memory_bytes, reset_peak_memory
 from crossways.training.packing import training_windows
@@ -72,6 +73,7 @@ def train_model(
             f"training.sequence_length {settings.sequence_length} exceeds the model's context: raise "
             f"model.max_position_embeddings (now {config.max_position_embeddings})"
         )
+    remove_torn_checkpoints(out_dir)
     windows = training_windows(corpus, tokenizer, settings.sequence_length, seed, cache_dir or out_dir / "cache")
     set_seed(seed)
     model = CrosswaysForCausalLM(config)
@@ -101,6 +103,7 @@ def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, progress: b
         bf16=settings.dtype == "bfloat16",
         fp16=settings.dtype == "float16",
         **_checkpointing(settings),
+        use_cpu=not torch.accelerator.is_available(),  # else bfloat16 is refused on a CPU
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         save_steps=settings.save_steps,
@@ -136,13 +139,18 @@ def _tokens_per_step(windows: Dataset[Any] | IterableDataset[Any], settings: Tra
 def _run(trainer: CrosswaysTrainer, out_dir: Path, tokens_per_step: int) -> TrainedModel:
     device = trainer.args.device
     reset_peak_memory(device)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out_dir)) if out_dir.exists() else None)
+    checkpoint = get_last_checkpoint(str(out_dir)) if out_dir.exists() else None
+    if checkpoint is not None and _finish(trainer, Path(checkpoint)):
+        model = CrosswaysForCausalLM.from_pretrained(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        model = trainer.accelerator.unwrap_model(trainer.model)
     steps = trainer.state.global_step
     # The log is part of every checkpoint, so speed and time survive an interruption.
     entries = [entry for entry in trainer.state.log_history if "step_seconds" in entry]
     step_seconds = [entry["step_seconds"] for entry in entries]
     return TrainedModel(
-        model=trainer.accelerator.unwrap_model(trainer.model),
+        model=model,
         curve=_curve(trainer.state.log_history, tokens_per_step),
         steps=steps,
         tokens=steps * tokens_per_step,
@@ -150,6 +158,18 @@ def _run(trainer: CrosswaysTrainer, out_dir: Path, tokens_per_step: int) -> Trai
         wall_seconds=sum(entry["interval_seconds"] for entry in entries),
         peak_memory_bytes=peak_memory_bytes(device),
     )
+
+
+def _finish(trainer: CrosswaysTrainer, checkpoint: Path) -> bool:
+    """Whether the checkpoint is that of the last step; takes its log over if so.
+
+    Resuming there would not do: `Trainer` takes one step more before it compares with `max_steps`.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    done = state.global_step >= trainer.args.max_steps
+    if done:
+        trainer.state = state
+    return done
 
 
 def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str, Any]]:
