@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow lint bench clean
+.PHONY: install quickstart test test-slow lint bench docs clean
 
 install: $(STAMP)
 
@@ -31,6 +31,11 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/train_throughput.py
+
+docs: $(STAMP)
+	$(BIN)/python -c "from pathlib import Path; from crossways.study.reference import recipe_reference as text; \
+	page = Path('docs/recipes.md'); mark = '<!-- printed by \`crossways recipes --reference\` -->'; \
+	page.write_text(page.read_text().split(mark)[0] + mark + '\n' + text())"
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

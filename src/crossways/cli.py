@@ -159,10 +159,17 @@ def report(out: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> N
 
 
 @app.command()
-def recipes() -> None:
+def recipes(
+    reference: Annotated[bool, typer.Option("--reference", help="Print what a recipe may say, as Markdown.")] = False,
+) -> None:
     """List the recipes inside the package."""
     from crossways.study.load import parse_yaml, shipped_recipes
 
+    if reference:
+        from crossways.study.reference import recipe_reference
+
+        typer.echo(recipe_reference(), nl=False)
+        return
     for name, file in shipped_recipes().items():
         typer.echo(f"{name}: {parse_yaml(file.read_text(encoding='utf-8'), name).get('title', '')}")
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from crossways.errors import UserError
+from crossways.settings import Settings
 from crossways.study.atomic import write_text_atomic
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+class _Frozen(Settings):
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
 class Parameters(_Frozen):
