@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from crossways.errors import UserError
 from crossways.settings import Settings
@@ -59,7 +59,7 @@ class CurvePoint(_Frozen):
     """Training tokens seen up to and including this step."""
     loss: float
     """Language-model loss alone, nats per token, mean since the point before."""
-    auxiliary: dict[str, float] = {}
+    auxiliary: dict[str, float] = Field(default_factory=dict)
     """Each auxiliary loss by name ("load_balance", "router_z"), before its coefficient."""
 
 
@@ -181,7 +181,7 @@ class RunRecord(_Frozen):
     """Mean over routers of largest load / mean load; 1 is perfectly even; None for a dense model."""
     expert_load: tuple[ExpertLoad, ...] = ()
     """Load of each router on the validation text under the training rule, first layer first; empty if dense."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default_factory=dict)
     """Versions, processor, threads, date."""
     recipe_digest: str
     """Digest of the resolved settings that produced the run; equal digests may be compared."""
