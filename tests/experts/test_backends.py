@@ -273,4 +273,4 @@ def test_loop_sums_bfloat16_outputs_in_float32(monkeypatch):
     assignment = Assignment.from_mask(mask_TE, torch.zeros(mask_TE.shape)).with_weights(low[1])
     y = compute_experts(low[0], assignment, low[2], low[3], Activation("swiglu"), "loop").double()
     # The rounded parts average out over 64 experts; rounding the running sum 64 times would not.
-    assert (y - expected).norm() < 4e-3 * expected.norm()
+    assert (y - expected).norm() < 6e-3 * expected.norm()
