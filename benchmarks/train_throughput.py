@@ -47,7 +47,7 @@ SHAPES = {
     "quickstart": Shape(4, 128, 4, 16, 2, 128, 4096, 8, 256),
     "10M": Shape(4, 256, 4, 16, 2, 128, 8192, 8, 256),
     "fine-grained": Shape(4, 256, 4, 64, 8, 64, 8192, 8, 256),
-    "100M": Shape(8, 512, 8, 32, 4, 192, 16384, 4, 512),
+    "100M": Shape(8, 512, 8, 32, 4, 192, 16384, 2, 512),
 }
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 BATCHED_LIMIT = 2**31
