@@ -264,7 +264,8 @@ def test_mismatched_shapes_and_dtypes_are_refused():
         evaluate(mask_TE, make_inputs(mask_TE, 15, 8, dtype=torch.float32), "grouped_mm")
 
 
-def test_loop_sums_bfloat16_outputs_in_float32():
+def test_loop_sums_bfloat16_outputs_in_float32(monkeypatch):
+    monkeypatch.setattr(loop_module, "_tile_rows", lambda *_: 64)
     mask_TE = torch.ones(40, 64, dtype=torch.bool)
     leaves = make_inputs(mask_TE)
     expected = evaluate(mask_TE, leaves, "naive")[0].detach()
@@ -272,4 +273,4 @@ def test_loop_sums_bfloat16_outputs_in_float32():
     assignment = Assignment.from_mask(mask_TE, torch.zeros(mask_TE.shape)).with_weights(low[1])
     y = compute_experts(low[0], assignment, low[2], low[3], Activation("swiglu"), "loop").double()
     # The rounded parts average out over 64 experts; rounding the running sum 64 times would not.
-    assert (y - expected).norm() < 4e-3 * expected.norm()
+    assert (y - expected).norm() < 6e-3 * expected.norm()
