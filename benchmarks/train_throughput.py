@@ -132,7 +132,7 @@ def fastest_olmoe(shape: Shape, dtype: str, batches: list[Tensor]) -> tuple[str,
 def compare(shape: Shape, dtype: str, rounds: int) -> tuple[str, list[float], list[float], int]:
     """OLMoE's fastest implementation, seconds per step of ours and of theirs, and our parameter count."""
     torch.manual_seed(0)
-    # Markov-like text, so that routing is neither constant nor uniform.
+    # Skewed token frequencies, as in text, so that expert loads are neither constant nor equal.
     batches = list((torch.randn(rounds + 3, shape.batch, shape.sequence).abs() * shape.vocabulary / 5).long())
     batches = [batch.clamp(max=shape.vocabulary - 1) for batch in batches]
     name, theirs = fastest_olmoe(shape, dtype, batches)
