@@ -10,17 +10,15 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from crossways.gates.base import Gate, GateSpec
+from crossways.gates.base import Gate, GateSpec, float32_product
 from crossways.routing import Context
 
 
 class LinearGate(Gate):
     """Logits W x, without bias (Shazeer et al. 2017, arXiv 1701.06538, eq. 2, without the noise).
 
-    The product is computed in float32 whatever the dtype of the model, under autocast too: a selection is a
-    comparison, and bfloat16 logits tie.
+    The product is computed in float32 whatever the dtype of the model, under autocast too.
     """
 
     def __init__(self, hidden_size: int, num_experts: int) -> None:
@@ -34,8 +32,7 @@ class LinearGate(Gate):
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E)."""
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            return functional.linear(x_BSD.float(), self.weight.float())
+        return float32_product(x_BSD, self.weight)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -48,5 +45,5 @@ class Linear(GateSpec):
 
     name: ClassVar[str] = "linear"
 
-    def build(self, hidden_size: int, num_experts: int, num_layers: int = 1) -> LinearGate:
+    def build(self, hidden_size: int, num_experts: int, num_layers: int = 1, vocab_size: int = 0) -> LinearGate:
         return LinearGate(hidden_size, num_experts)
