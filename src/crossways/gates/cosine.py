@@ -80,7 +80,7 @@ class CosineGate(Gate):
             return
         norm_E1 = self.embeddings.float().norm(dim=-1, keepdim=True)
         factor_E1 = self.embedding_norm / norm_E1.clamp(min=MIN_NORM)
-        right_E1 = (factor_E1 - 1).abs() < torch.finfo(self.embeddings.dtype).eps
+        right_E1 = (factor_E1 - 1).abs() < 4 * torch.finfo(self.embeddings.dtype).eps
         self.embeddings.data.mul_(torch.where(right_E1, 1.0, factor_E1))
 
     def extra_repr(self) -> str:
