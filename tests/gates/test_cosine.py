@@ -34,6 +34,11 @@ def test_usmoe_by_hand():
     torch.testing.assert_close(logits_BSE, torch.tensor([[[3.0, -4.0, 7 / math.sqrt(2)]]]))
 
 
+def test_a_fixed_temperature_divides_too():
+    logits_BSE = hand_made(temperature=0.5, learn_temperature=False)(X_BSD)
+    torch.testing.assert_close(logits_BSE, hand_made(temperature=0.5)(X_BSD))
+
+
 def test_the_projection_comes_before_the_norm():
     gate = hand_made(temperature=1.0)
     gate.projection.data = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # P x = (4, 0)

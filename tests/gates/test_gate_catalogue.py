@@ -29,6 +29,7 @@ SPECS = {
     },
     "hash": {"name": "hash", "k": 2},
     "linear": {"name": "linear"},
+    "linear_bias": {"name": "linear", "bias": True},
     "low_rank": {"name": "low_rank", "rank": 2},
     "noisy": {"name": "noisy", "zero_init": False},
     "random": {"name": "random"},
@@ -191,6 +192,7 @@ def test_weights_that_one_pass_multiplies_by(kind, weights):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ({"name": "linear", "bias": 1}, "bias must be true or false"),
         ({"name": "cosine", "dim": 0}, "dim must be a whole number of at least 1, got 0"),
         ({"name": "cosine", "temperature": 0}, "temperature must be a number above 0"),
         ({"name": "cosine", "embedding_norm": -1}, "embedding_norm must be a number above 0"),

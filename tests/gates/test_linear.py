@@ -15,6 +15,15 @@ def test_logits_are_w_x():
     assert gate(torch.tensor([[[3.0, 4.0]]])).tolist() == [[[3.0, 8.0, 1.0]]]
 
 
+def test_a_bias_is_added_if_asked_for():
+    gate = build_gate({"name": "linear", "bias": True}).build(2, 2)
+    assert not gate.bias.any()
+    gate.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    gate.bias.data = torch.tensor([0.5, -0.5])
+    assert gate(torch.tensor([[[3.0, 4.0]]])).tolist() == [[[3.5, 7.5]]]
+    assert LinearGate(2, 2).bias is None
+
+
 def test_product_is_float32_in_bfloat16_and_under_autocast():
     gate = LinearGate(64, 8).to(torch.bfloat16)
     x_BSD = torch.randn(1, 5, 64, dtype=torch.bfloat16)

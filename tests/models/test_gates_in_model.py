@@ -232,6 +232,13 @@ def test_smoe_dropout_raises_k_in_training_alone(tiny_model, tokens, tmp_path):
     assert half.model.training_passes == 5
 
 
+def test_a_checkpoint_without_a_count_starts_from_zero(tiny_model, tokens, tmp_path):
+    tiny_model(False, gate="random").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, select=SCHEDULE["select"])
+    assert model.model.training_passes == 0
+    assert executed(model, tokens[0]) == [1, 1]
+
+
 def test_only_scheduled_models_count(tiny_model):
     assert "model.training_passes" not in tiny_model().state_dict()
     assert "model.training_passes" in tiny_model(**SCHEDULE).state_dict()

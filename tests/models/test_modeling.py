@@ -40,6 +40,7 @@ GATES = {
     },
     "hash": {"name": "hash", "k": 2},
     "linear": {"name": "linear"},
+    "linear_bias": {"name": "linear", "bias": True},
     "low_rank": {"name": "low_rank", "rank": 2},
     "noisy": {"name": "noisy", "zero_init": False},
     "random": {"name": "random"},

@@ -80,6 +80,12 @@ def check_positive(gate: str, field: str, value: Any) -> None:
         raise UserError(f"gate {gate!r}: {field} must be a number above 0, got {value!r}")
 
 
+def check_switch(gate: str, field: str, value: Any) -> None:
+    """Raise `UserError` unless the field is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"gate {gate!r}: {field} must be true or false, got {value!r}")
+
+
 def check_vocabulary(gate: str, vocab_size: int) -> int:
     """V; raises `UserError` if nobody said what it is."""
     if vocab_size < 1:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from crossways.errors import UserError
-from crossways.gates.base import Gate, GateSpec, check_positive, check_whole, float32_product
+from crossways.gates.base import Gate, GateSpec, check_positive, check_switch, check_whole, float32_product
 from crossways.routing import Context
 
 MIN_NORM = 1e-4
@@ -113,8 +112,7 @@ class Cosine(GateSpec):
         if self.embedding_norm is not None:
             check_positive(self.name, "embedding_norm", self.embedding_norm)
         for field in ("learn_temperature", "normalize_input"):
-            if not isinstance(getattr(self, field), bool):
-                raise UserError(f"gate 'cosine': {field} must be true or false, got {getattr(self, field)!r}")
+            check_switch(self.name, field, getattr(self, field))
 
     def build(self, hidden_size: int, num_experts: int, num_layers: int = 1, vocab_size: int = 0) -> CosineGate:
         return CosineGate(

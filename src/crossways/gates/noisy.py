@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from crossways.errors import UserError
-from crossways.gates.base import Gate, GateSpec, float32_product
+from crossways.gates.base import Gate, GateSpec, check_switch, float32_product
 from crossways.routing import Context
 
 
@@ -61,8 +60,7 @@ class Noisy(GateSpec):
     """Start both matrices at zero, as the paper does; otherwise from the model's normal initialisation."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.zero_init, bool):
-            raise UserError(f"gate 'noisy': zero_init must be true or false, got {self.zero_init!r}")
+        check_switch(self.name, "zero_init", self.zero_init)
 
     def build(self, hidden_size: int, num_experts: int, num_layers: int = 1, vocab_size: int = 0) -> NoisyGate:
         return NoisyGate(hidden_size, num_experts, self.zero_init)

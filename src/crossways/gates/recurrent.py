@@ -11,8 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from crossways.errors import UserError
-from crossways.gates.base import Gate, GateSpec, check_whole, float32_product
+from crossways.gates.base import Gate, GateSpec, check_switch, check_whole, float32_product
 from crossways.routing import Context, GateOutput
 
 
@@ -104,8 +103,7 @@ class Recurrent(GateSpec):
     def __post_init__(self) -> None:
         object.__setattr__(self, "state_size", check_whole(self.name, "state_size", self.state_size))
         for field in ("shared_projection", "shared_head"):
-            if not isinstance(getattr(self, field), bool):
-                raise UserError(f"gate 'recurrent': {field} must be true or false, got {getattr(self, field)!r}")
+            check_switch(self.name, field, getattr(self, field))
 
     def build(self, hidden_size: int, num_experts: int, num_layers: int = 1, vocab_size: int = 0) -> RecurrentGate:
         return RecurrentGate(

@@ -85,7 +85,7 @@ class Stable(GateSpec):
     scheduled: ClassVar[bool] = True
 
     freeze_after: int
-    """Training passes of stage 1, at least 0; a tenth of all in the paper's main runs (from memory). Passes, not
+    """Training passes of stage 1, at least 0; about a tenth of all in the paper (unchecked). Passes, not
     optimizer steps: with gradients accumulated over n batches, n times as many."""
     dim: int = 50
     """Width of the word embeddings, at least 1; 50 in the authors' code."""

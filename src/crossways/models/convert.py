@@ -196,6 +196,8 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, f"its score is {score.name!r}, not 'softmax'")
     if not isinstance(gate := build_gate(config.gate), Linear):
         raise _refused(family, f"its gate is {gate.name!r}, not 'linear'")
+    if gate.bias:
+        raise _refused(family, "its gates have biases")
     if any(map(build_sharing(config.sharing).reuses_decision, range(len(config.moe_layers)))):
         raise _refused(family, "layers repeat the decision of the layer before")
     if config.mlp_bias:
