@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossways.errors import UserError
-from crossways.routing import Context, Perturbation, Routing
+from crossways.routing import Context, GateOutput, Perturbation, Routing
 from crossways.rules.score import Score
 from crossways.rules.select import Selection, Threshold
 
@@ -48,7 +48,8 @@ class Router(nn.Module):
             renormalize: scale each token's chosen weights to sum to one.
             cutoff_momentum: share of the old estimate kept at each training step, 0 to 1 (customary 0.9 to 0.999).
             bias_update_rate: step of loss-free balancing, 0 for none; 0.001 in DeepSeek-V3.
-            gate: module from (B, S, D) and a `Context` to logits (B, S, E), or None to get one at every call.
+            gate: module from (B, S, D) and a `Context` to logits (B, S, E) or a `GateOutput`, or None to get one at
+                every call.
 
         Raises:
             UserError: if the selection cannot work with E experts.
@@ -99,20 +100,26 @@ class Router(nn.Module):
         gate = context.gate if context.gate is not None else self.gate
         if gate is None:
             raise ValueError("this router owns no gate: pass one in the context or to the constructor")
-        out = gate(x_BSD, context)
-        logits_BSE, state = out if isinstance(out, tuple) else (out, None)
-        allowed_BSE = None if context.valid_BS is None else context.valid_BS[..., None].expand_as(logits_BSE)
+        said = gate(x_BSD, context)
+        out = said if isinstance(said, GateOutput) else GateOutput(said)
+        deciding_BSE = out.logits_BSE if out.choice_BSE is None else out.choice_BSE
+        allowed_BSE = None if context.valid_BS is None else context.valid_BS[..., None].expand_as(deciding_BSE)
 
-        def decide(logits_BSE: Tensor, allowed_BSE: Tensor | None) -> Routing:
-            return replace(self._decide(logits_BSE, allowed_BSE, context), state=state)
+        def decide(deciding_BSE: Tensor, allowed_BSE: Tensor | None) -> Routing:
+            weighing_BSE = deciding_BSE if out.choice_BSE is None else out.logits_BSE
+            routing = self._decide(weighing_BSE, deciding_BSE, allowed_BSE, context)
+            return replace(routing, state=out.state, gate_loss=out.loss, fixed=out.fixed)
 
         if self.perturbation is not None:
-            return self.perturbation(logits_BSE, allowed_BSE, decide)
-        return decide(logits_BSE, allowed_BSE)
+            return self.perturbation(deciding_BSE, allowed_BSE, decide)
+        return decide(deciding_BSE, allowed_BSE)
 
-    def _decide(self, logits_BSE: Tensor, allowed_BSE: Tensor | None, context: Context) -> Routing:
+    def _decide(
+        self, logits_BSE: Tensor, deciding_BSE: Tensor, allowed_BSE: Tensor | None, context: Context
+    ) -> Routing:
         scores_BSE = self.score(logits_BSE)
-        choice_BSE = self._choice(scores_BSE, context)
+        deciding_scores_BSE = scores_BSE if deciding_BSE is logits_BSE else self.score(deciding_BSE)
+        choice_BSE = self._choice(deciding_scores_BSE, context)
         learns = self.training and self.has_cutoff
         observed_C = self.select.cutoff(choice_BSE.detach(), allowed_BSE) if learns else None
         assignment = self._rule(context, observed_C)(choice_BSE, scores_BSE, allowed_BSE)
@@ -130,7 +137,8 @@ class Router(nn.Module):
         return scores_BSE + (self.bias if context.bias_E is None else context.bias_E)
 
     def _rule(self, context: Context, observed_C: Tensor | None) -> Selection:
-        rule = self.select.decode_twin() if context.causal else self.select
+        rule = self.select.at_step(context.step)
+        rule = rule.decode_twin() if context.causal else rule
         if not (isinstance(rule, Threshold) and rule.value is None):
             return rule
         running_C = self.cutoff if context.cutoff_C is None else context.cutoff_C

@@ -31,6 +31,26 @@ class Routing:
     """What a recurrent gate hands to the next layer, (B, S, any)."""
     reused: bool = False
     """Whether an earlier layer made this decision; its losses are then counted there."""
+    gate_loss: Tensor | None = None
+    """What a gate that trains itself adds to the training loss, float32 scalar; None for all others."""
+    fixed: bool = False
+    """Whether the gate no longer learns whom to choose; a balance loss could then only spoil the weights."""
+
+
+@dataclass(frozen=True)
+class GateOutput:
+    """What a gate says, for gates that say more than logits. All of (B, S, ...)."""
+
+    logits_BSE: Tensor
+    """Router logits, float32 (B, S, E); their scores are the weights of the chosen pairs."""
+    choice_BSE: Tensor | None = None
+    """Logits to choose by, where they are not those to weigh by; float32 (B, S, E), no gradient."""
+    state: Tensor | None = None
+    """What a recurrent gate wants back in the next layer, as `context.previous.state`; (B, S, any)."""
+    loss: Tensor | None = None
+    """What to add to the training loss, float32 scalar."""
+    fixed: bool = False
+    """Whether the choice is no longer learnt."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,9 @@ class Context:
     """Token ids (B, S), for gates that hash them; None when the model was given embeddings."""
     layer: int = 0
     """Position of the router's layer among those that share its gate, 0 first."""
+    step: int = 0
+    """Training passes before this one, for gates and selections that change in the course of training. A number and
+    not a tensor, so that recomputation under gradient checkpointing sees the one of its forward pass."""
     previous: Routing | None = None
     """What the same factor's router decided in the routed layer before."""
     reuse: bool = False

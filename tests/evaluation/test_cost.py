@@ -104,6 +104,32 @@ def test_training_operations_equal_those_torch_counts(name):
     assert counter.get_total_flops() == training_flops_per_token(config, sequence) * batch * sequence
 
 
+GATES = {
+    "cosine": {"gate": "cosine"},
+    "decision": {"sharing": {"name": "decision", "size": 2}},
+    "hash": {"gate": "hash"},
+    "low rank": {"gate": "low_rank", "sharing": "all"},
+    "noisy": {"gate": "noisy"},
+    "random": {"gate": "random"},
+    "recurrent": {"gate": {"name": "recurrent", "state_size": 6}, "sharing": {"name": "block", "size": [1, 3]}},
+    "stable": {"gate": {"name": "stable", "freeze_after": 5}},
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_forward_operations_of_every_gate_equal_those_torch_counts(name):
+    batch, sequence = 2, 16
+    config = tiny(**GATES[name])
+    model = CrosswaysForCausalLM(config).train(name == "noisy")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.randint(0, 64, (batch, sequence)))
+    assert counter.get_total_flops() == forward_flops_per_token(config, sequence) * batch * sequence
+
+
+def test_a_scheduled_budget_counts_as_what_it_arrives_at():
+    assert mean_budget(tiny(select={"name": "scheduled_top_k", "k": 1, "k_end": 6, "steps": 9})) == 6.0
+
+
 def test_forward_operations_are_a_third():
     config = tiny()
     assert forward_flops_per_token(config, 16) * 3 == training_flops_per_token(config, 16)

@@ -19,6 +19,7 @@ KINDS = [
     {"layer": "cartesian", "num_factors": 3, "cartesian_skip": "input"},
     {"score": {"name": "unified", "alpha": 0.25}, "select": {"name": "top_c", "k": 1.5, "group": "batch"}},
     {"select": {"name": "threshold", "value": 0.2}, "sharing": {"name": "block", "size": 2}},
+    {"gate": {"name": "recurrent", "state_size": 8}, "sharing": {"name": "decision", "size": [1, 1]}},
     {"load_balance_coef": 0, "router_z_loss_coef": 1, "cutoff_momentum": 0},
 ]
 
@@ -66,6 +67,11 @@ def test_names_alone_become_dictionaries(tiny_config):
         ({"cutoff_momentum": 1.5}, "cutoff_momentum must lie in"),
         ({"hidden_size": 15}, "not a multiple"),
         ({"select": 3}, "select"),
+        ({"sharing": {"name": "block", "size": [2, 1]}}, "are 3 layers, the model routes 2"),
+        ({"gate": {"name": "hash", "k": 1}}, "gate 'hash' names k = 1 experts but selection 'top_k' takes 2"),
+        ({"gate": {"name": "hash", "k": 5}, "select": {"name": "top_c", "k": 1}}, "k = 5 exceeds"),
+        ({"gate": "recurent"}, "did you mean 'recurrent'"),
+        ({"gate_loss_coef": -1}, "gate_loss_coef must lie in"),
     ],
     ids=str,
 )

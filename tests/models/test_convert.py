@@ -129,6 +129,10 @@ INEXPRESSIBLE = [
     ({"select": {"name": "top_c", "k": 2}}, "its selection is 'top_c'"),
     ({"select": {"name": "expert_choice", "k": 2}}, "its selection is 'expert_choice'"),
     ({"select": {"name": "threshold", "value": 0.2}}, "its selection is 'threshold'"),
+    ({"select": {"name": "scheduled_top_k", "k": 1, "k_end": 2, "steps": 5}}, "its selection is 'scheduled_top_k'"),
+    ({"gate": "cosine"}, "its gate is 'cosine'"),
+    ({"gate": {"name": "linear", "bias": True}}, "its gates have biases"),
+    ({"sharing": {"name": "decision", "size": 2}}, "repeat the decision of the layer before"),
     ({"expert_activation": "relu", "renormalize": True}, "is not gated"),
     ({"mlp_bias": True, "moe_every": 2}, "dense layers have biases"),
 ]

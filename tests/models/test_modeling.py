@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from crossways.errors import UserError
+from crossways.gates import gate_catalogue
 from crossways.models import CrosswaysForCausalLM, CrosswaysModel
 from crossways.rules.score import score_catalogue
 from crossways.rules.select import selection_catalogue
+from crossways.sharing import sharing_catalogue
 
 SELECTIONS = {
     "top_k": {"name": "top_k", "k": 2},
@@ -22,8 +24,36 @@ SELECTIONS = {
     "top_c_position": {"name": "top_c", "k": 1.5, "group": "position"},
     "expert_choice": {"name": "expert_choice", "k": 1.5},
     "expert_choice_batch": {"name": "expert_choice", "k": 2, "group": "batch"},
+    "scheduled_top_k": {"name": "scheduled_top_k", "k": 1, "k_end": 4, "steps": 3},
     "threshold": {"name": "threshold", "k": 1.5},
     "threshold_fixed": {"name": "threshold", "value": 0.25},
+}
+GATES = {
+    "cosine": {"name": "cosine"},
+    "cosine_usmoe": {
+        "name": "cosine",
+        "dim": 8,
+        "temperature": 1,
+        "learn_temperature": False,
+        "normalize_input": False,
+        "embedding_norm": 1.5,
+    },
+    "hash": {"name": "hash", "k": 2},
+    "linear": {"name": "linear"},
+    "linear_bias": {"name": "linear", "bias": True},
+    "low_rank": {"name": "low_rank", "rank": 2},
+    "noisy": {"name": "noisy", "zero_init": False},
+    "random": {"name": "random"},
+    "recurrent": {"name": "recurrent", "state_size": 6},
+    "recurrent_shared": {"name": "recurrent", "state_size": 6, "shared_projection": True, "shared_head": True},
+    "stable_stage_1": {"name": "stable", "freeze_after": 5, "dim": 6},
+    "stable_stage_2": {"name": "stable", "freeze_after": 1, "dim": 6},
+}
+SHARINGS = {
+    "all": "all",
+    "decision": {"name": "decision", "size": 2},
+    "unequal": {"name": "block", "size": [2, 1]},
+    "unequal_decision": {"name": "decision", "size": [1, 2]},
 }
 KINDS = {
     "moe": {},
@@ -44,6 +74,14 @@ KINDS = {
     },
     **{f"score_{name}": {"score": name} for name in ("sigmoid", "softmax", "unified")},
     **{f"select_{name}": {"select": spec} for name, spec in SELECTIONS.items()},
+    # Three layers in blocks of two and one, so that shared gates, a second layer and a fresh start all occur.
+    **{
+        f"gate_{name}": {"gate": spec, "num_hidden_layers": 3, "sharing": {"name": "block", "size": 2}}
+        for name, spec in GATES.items()
+    },
+    **{f"sharing_{name}": {"sharing": spec, "num_hidden_layers": 3} for name, spec in SHARINGS.items()},
+    "cartesian_decision": {"layer": "cartesian", "num_hidden_layers": 3, "sharing": {"name": "decision", "size": 2}},
+    "cartesian_recurrent": {"layer": "cartesian", "sharing": "all", "gate": {"name": "recurrent", "state_size": 6}},
 }
 
 
@@ -57,6 +95,9 @@ def equal_states(one, other):
 def test_every_rule_is_among_the_kinds_tested():
     assert set(score_catalogue()) == {"sigmoid", "softmax", "unified"}
     assert set(selection_catalogue()) == {spec["name"] for spec in SELECTIONS.values()}
+    assert set(gate_catalogue()) == {spec["name"] for spec in GATES.values()}
+    tested = [fields.get("sharing", "layer") for fields in KINDS.values()]
+    assert set(sharing_catalogue()) == {spec if isinstance(spec, str) else spec["name"] for spec in tested}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,10 +169,13 @@ def test_a_dense_model_has_no_routers(tiny_model, tokens):
     assert torch.equal(output.loss, output.lm_loss)
 
 
-@pytest.mark.parametrize("select", SELECTIONS)
+ROUTED = [kind for kind in KINDS if kind.startswith(("select_", "gate_", "sharing_", "cartesian_decision"))]
+
+
+@pytest.mark.parametrize("kind", ROUTED)
 @pytest.mark.parametrize("padded", [False, True])
-def test_generation_with_a_cache_equals_a_full_causal_pass(tiny_model, tokens, select, padded):
-    model = tiny_model(select=SELECTIONS[select], shared_expert_intermediate_size=5)
+def test_generation_with_a_cache_equals_a_full_causal_pass(tiny_model, tokens, kind, padded):
+    model = tiny_model(shared_expert_intermediate_size=5, **KINDS[kind])
     ids_BS, mask_BS = tokens
     mask_BS = mask_BS if padded else torch.ones_like(mask_BS)
     output = model.generate(
@@ -199,8 +243,8 @@ def test_sampling_in_training_mode_does_not_move_the_cutoff(tiny_model, tokens):
 @pytest.mark.parametrize("layer", ["moe", "cartesian"])
 def test_padding_changes_no_valid_logit(tiny_model, tokens, layer):
     ids_BS, mask_BS = tokens
-    for select in ("top_k", "top_c", "top_c_batch", "expert_choice", "threshold"):
-        model = tiny_model(select=SELECTIONS[select], layer=layer)
+    for kind in ROUTED:
+        model = tiny_model(**(KINDS[kind] | {"layer": layer}))
         other_BS = torch.where(mask_BS.bool(), ids_BS, 5)
         ours = model(ids_BS, attention_mask=mask_BS, output_routings=True)
         theirs = model(other_BS, attention_mask=mask_BS)
@@ -210,7 +254,11 @@ def test_padding_changes_no_valid_logit(tiny_model, tokens, layer):
             assert not routing.assignment.to_mask()[~valid_BS.flatten()].any()
 
 
-@pytest.mark.parametrize("kind", ["all_three", "select_threshold", "cartesian_2", "select_top_k"])
+@pytest.mark.parametrize(
+    "kind",
+    ["all_three", "select_threshold", "cartesian_2", "select_top_k", "select_scheduled_top_k", "cartesian_decision"]
+    + [kind for kind in KINDS if kind.startswith(("gate_", "sharing_"))],
+)
 def test_gradient_checkpointing_changes_nothing(tiny_model, tokens, kind):
     fields = KINDS[kind] | {"load_balance_coef": 0.1, "router_z_loss_coef": 0.1, "cutoff_momentum": 0.5}
     results = []
@@ -218,6 +266,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, tokens, kind):
         model = tiny_model(**fields).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
+        torch.manual_seed(1)  # for the noisy gate
         for _ in range(2):  # the second step starts from a moved cutoff
             loss = model(tokens[0], attention_mask=tokens[1], labels=tokens[0], use_cache=False).loss
             loss.backward()
@@ -226,7 +275,9 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, tokens, kind):
     (loss, gradients, cutoffs), (loss_c, gradients_c, cutoffs_c) = results
     assert torch.equal(loss, loss_c)
     for one, other in zip(gradients, gradients_c, strict=True):
-        torch.testing.assert_close(one, other)
+        assert (one is None) == (other is None)  # a frozen router has no gradient
+        if one is not None:
+            torch.testing.assert_close(one, other)
     assert len(cutoffs) == len(cutoffs_c)
     for one, other in zip(cutoffs, cutoffs_c, strict=True):
         assert torch.equal(one, other)
@@ -239,16 +290,33 @@ def test_reentrant_checkpointing_is_refused(tiny_model):
         tiny_model().gradient_checkpointing_enable({"preserve_rng_state": False})
 
 
-@pytest.mark.parametrize("kind", ["block", "cartesian_2", "all_three", "select_expert_choice", "score_sigmoid"])
-def test_gradients_reach_every_parameter(tiny_model, tokens, kind):
-    model = tiny_model(**KINDS[kind]).train()
+NO_GRADIENT = {"gate_stable_stage_2": ("words_VR", "centroids_ER")}
+"""Parameters that are frozen for good."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["block", "cartesian_2", "all_three", "select_expert_choice", "score_sigmoid", "cartesian_decision"]
+    + [kind for kind in KINDS if kind.startswith(("gate_", "sharing_"))],
+)
+def test_gradients_reach_every_parameter_that_learns(tiny_model, tokens, kind):
+    # A recurrent gate that only one layer asks has no state to weigh, so its state weights would learn nothing.
+    model = tiny_model(**(KINDS[kind] | ({"sharing": "all"} if "recurrent" in kind else {}))).train()
+    if kind == "gate_low_rank":  # from zero, its second factor would get no gradient in the first step
+        for gate in model.model.gates:
+            torch.nn.init.normal_(gate.up_LER)
     model(tokens[0], labels=tokens[0]).loss.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.any(), name
+        if name.endswith(NO_GRADIENT.get(kind, ())) and kind in NO_GRADIENT:
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("kind", ["moe", "all_three", "select_expert_choice"])
+@pytest.mark.parametrize(
+    "kind", ["moe", "all_three", "select_expert_choice", *(f"gate_{name}" for name in GATES), "sharing_decision"]
+)
 def test_bfloat16_trains_and_keeps_the_cutoff(tiny_model, tokens, tmp_path, kind):
     model = tiny_model(load_balance_coef=0.1, **KINDS[kind])
     exact = [router.cutoff.clone() for router in model.model.routers if router.has_cutoff]
@@ -261,7 +329,7 @@ def test_bfloat16_trains_and_keeps_the_cutoff(tiny_model, tokens, tmp_path, kind
         output = half.train()(tokens[0], attention_mask=tokens[1], labels=tokens[0], output_routings=True)
         output.loss.backward()
         assert output.loss.isfinite()
-        assert all(p.grad.isfinite().all() for p in half.parameters())
+        assert all(p.grad.isfinite().all() for p in half.parameters() if p.grad is not None)
         assert all(routing.logits_TE.dtype == torch.float32 for routing in output.routings)
         assert all(router.cutoff.dtype == torch.float32 for router in half.model.routers if router.has_cutoff)
 

@@ -14,7 +14,15 @@ from scipy.optimize import LinearConstraint, linprog, milp
 from crossways.errors import UserError
 from crossways.rules.probe import Probe, check_selection, probe_selection
 from crossways.rules.score import Softmax, Unified
-from crossways.rules.select import ExpertChoice, Threshold, TopC, TopK, build_selection, selection_catalogue
+from crossways.rules.select import (
+    ExpertChoice,
+    ScheduledTopK,
+    Threshold,
+    TopC,
+    TopK,
+    build_selection,
+    selection_catalogue,
+)
 from crossways.rules.select.base import budgets, top_of_groups, whole
 
 # One row of three tokens and one of two (the third is padding where a mask is given), three experts.
@@ -31,6 +39,7 @@ RULES = [
     TopK(2),
     *(TopC(k, group) for k in (0.5, 1.5) for group in ("sequence", "batch", "position")),
     *(ExpertChoice(1.5, group) for group in ("sequence", "batch")),
+    ScheduledTopK(k=2, k_end=4, steps=10),
     Threshold(value=0.3),
     Threshold(value=torch.tensor([0.1, 0.2, 0.3, 0.4])),
 ]
@@ -48,6 +57,14 @@ def pairs(rule, scores_BSE=SCORES_BSE, valid_BS=VALID_BS):
 def test_top_k_by_hand():
     assert pairs(TopK(1)) == {(0, 0, 0), (0, 1, 0), (0, 2, 0), (1, 0, 0), (1, 1, 0)}
     assert pairs(TopK(2)) == pairs(TopK(1)) | {(0, 0, 1), (0, 1, 1), (0, 2, 1), (1, 0, 1), (1, 1, 1)}
+
+
+def test_a_scheduled_k_by_hand():
+    rising, falling = ScheduledTopK(k=1, k_end=4, steps=6), ScheduledTopK(k=3, k_end=1, steps=2)
+    assert [rising.at_step(step).k for step in range(9)] == [1, 2, 2, 2, 3, 4, 4, 4, 4]  # 1.5 and 2.5 to the even
+    assert [falling.at_step(step).k for step in range(4)] == [3, 2, 1, 1]
+    assert pairs(rising) == pairs(TopK(1))
+    assert TopK(2).at_step(100) == TopK(2)
 
 
 def test_top_c_over_a_sequence_by_hand():
@@ -234,6 +251,11 @@ def test_the_cutoff_of_padding_alone_is_unknown():
         ({"name": "top_c", "k": 1, "group": "sentence"}, 4),
         ({"name": "expert_choice", "k": -1}, 4),
         ({"name": "expert_choice", "k": 1, "group": "position"}, 4),
+        ({"name": "scheduled_top_k", "k": 1, "k_end": 5, "steps": 9}, 4),
+        ({"name": "scheduled_top_k", "k": 5, "k_end": 4, "steps": 9}, 4),
+        ({"name": "scheduled_top_k", "k": 1, "k_end": 2, "steps": 0}, 4),
+        ({"name": "scheduled_top_k", "k": 1, "k_end": 1.5, "steps": 9}, 4),
+        ({"name": "scheduled_top_k", "k": 1, "k_end": 2}, 4),
         ({"name": "threshold", "k": 9}, 4),
         ({"name": "threshold", "value": "high"}, 4),
         ({"name": "threshold", "value": math.nan}, 4),

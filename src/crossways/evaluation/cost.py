@@ -13,15 +13,18 @@ Legend: S sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 
 from crossways.errors import UserError
 from crossways.experts.module import Experts
+from crossways.gates import Gate
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.rules.registry import describe
-from crossways.rules.select import Threshold, build_selection
+from crossways.rules.select import ScheduledTopK, Threshold, build_selection
+from crossways.sharing import build_sharing
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def build_on_meta(config: CrosswaysConfig) -> CrosswaysForCausalLM:
 
 
 def mean_budget(config: CrosswaysConfig) -> float:
-    """Experts per token and router that the configured selection spends on average, k; may be fractional.
+    """Experts per token and router that the configured selection spends on average, k; may be fractional. Of a
+    scheduled one, what it arrives at, so operations counted with it are those of the last training step.
 
     Raises:
         UserError: for a threshold with a fixed value, whose budget depends on the text.
@@ -58,6 +62,8 @@ def mean_budget(config: CrosswaysConfig) -> float:
             f"the budget of {describe(selection)} depends on the text, so its active parameters and FLOPs cannot be "
             "counted; leave out `value` and give the budget `k`"
         )
+    if isinstance(selection, ScheduledTopK):
+        return float(selection.k_end)
     return float(selection.k)  # type: ignore[attr-defined]
 
 
@@ -94,9 +100,10 @@ def forward_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> fl
             weights += _size(module)
         elif isinstance(module, Experts):
             weights += _size(module) * experts_used
-    # A shared gate is stored once and applied by every router that shares it; its vectors make no products.
-    applied = [gate for planned in config.gate_plan for gate in planned]
-    weights += sum(p.numel() for gate in applied for p in model.model.gates[gate].parameters() if p.dim() > 1)
+    # A shared gate is stored once and applied by every router that shares it, unless that repeats a decision.
+    reuses = build_sharing(config.sharing).reuses_decision
+    applied = [gate for layer, planned in enumerate(config.gate_plan) if not reuses(layer) for gate in planned]
+    weights += sum(cast(Gate, model.model.gates[gate]).weights_per_token() for gate in applied)
     attention_width = config.num_attention_heads * (config.head_dim or 0)
     products = 2 * sequence_length * attention_width * config.num_hidden_layers
     return 2.0 * (weights + products)

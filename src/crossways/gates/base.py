@@ -1,6 +1,6 @@
 """The contract of a gate: a module with the parameters, and the value that describes it in a configuration.
 
-Legend: B batch, S sequence, D model width, E experts.
+Legend: B batch, S sequence, D model width, E experts, L layers that share the gate, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from crossways.routing import Context
+from crossways.errors import UserError
+from crossways.routing import Context, GateOutput
 from crossways.rules.registry import build, catalogue
+from crossways.rules.select import Selection
 
 
 class Gate(nn.Module):
     """Owns a router's parameters; shared gates are one module used by several routers."""
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Initialise, with the model's standard deviation where that makes sense."""
+        """Initialise, with the model's standard deviation where that makes sense. With functions that leave alone
+        what a checkpoint has filled: `torch.nn.init`, and `transformers.initialization` for the rest."""
         raise NotImplementedError
 
-    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Hidden states (B, S, D) to float32 logits (B, S, E).
-
-        A recurrent gate also returns the state that it finds in `context.previous.state` in the next layer.
-        """
+    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor | GateOutput:
+        """Hidden states (B, S, D) to float32 logits (B, S, E), or to a `GateOutput`."""
         raise NotImplementedError
+
+    def weights_per_token(self) -> int:
+        """Weights that one layer's pass multiplies a token by, for counting operations; by default all matrices."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.dim() > 1)
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,17 @@ class GateSpec:
 
     name: ClassVar[str]
     """What selects the gate in a configuration."""
+    scheduled: ClassVar[bool] = False
+    """Whether the gate changes in the course of training, so that the model must count its training passes."""
 
-    def build(self, hidden_size: int, num_experts: int, num_layers: int = 1) -> Gate:
-        """A fresh module for D = hidden_size and E = num_experts, used by `num_layers` layers."""
+    def check(self, num_experts: int, select: Selection | None = None) -> None:
+        """Raise `UserError` if the gate cannot work with this many experts or with this selection."""
+
+    def build(self, hidden_size: int, num_experts: int, num_layers: int = 1, vocab_size: int = 0) -> Gate:
+        """A fresh module for D = hidden_size, E = num_experts and V = vocab_size, asked by `num_layers` layers.
+
+        V is 0 where nobody said; gates that need it then raise `UserError`.
+        """
         raise NotImplementedError
 
 
@@ -50,3 +63,48 @@ def gate_catalogue() -> dict[str, type[GateSpec]]:
 def build_gate(spec: str | Mapping[str, Any]) -> GateSpec:
     """A gate's description from its name or its fields; raises `UserError` for an unknown one."""
     return build(GateSpec, spec, gate_catalogue(), what="gate")
+
+
+def check_whole(gate: str, field: str, value: Any, least: int = 1) -> int:
+    """The field as an int (2.0 in a recipe means 2); raises `UserError` unless it is whole and at least `least`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or value < least or value % 1 != 0:
+        raise UserError(f"gate {gate!r}: {field} must be a whole number of at least {least}, got {value!r}")
+    return int(value)
+
+
+def check_positive(gate: str, field: str, value: Any) -> None:
+    """Raise `UserError` unless the field is a finite number above zero."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < float("inf"):
+        raise UserError(f"gate {gate!r}: {field} must be a number above 0, got {value!r}")
+
+
+def check_switch(gate: str, field: str, value: Any) -> None:
+    """Raise `UserError` unless the field is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"gate {gate!r}: {field} must be true or false, got {value!r}")
+
+
+def check_vocabulary(gate: str, vocab_size: int) -> int:
+    """V; raises `UserError` if nobody said what it is."""
+    if vocab_size < 1:
+        raise UserError(f"gate {gate!r} has one entry per token id: build it with vocab_size, got {vocab_size}")
+    return vocab_size
+
+
+def required_token_ids(gate: str, context: Context | None) -> Tensor:
+    """Token ids (B, S); raises `UserError` if the router was given none."""
+    if context is None or context.token_ids_BS is None:
+        raise UserError(
+            f"gate {gate!r} routes by token id, and there are none: call the model with input_ids instead of "
+            "inputs_embeds"
+        )
+    return context.token_ids_BS
+
+
+def float32_product(x_BSD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x W^T in float32 whatever the dtype of the model, under autocast too: a selection is a comparison, and bfloat16
+    logits tie. (..., D) and (E, D) to (..., E)."""
+    with torch.autocast(x_BSD.device.type, enabled=False):
+        return nn.functional.linear(x_BSD.float(), weight_ED.float())

@@ -10,32 +10,33 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from crossways.gates.base import Gate, GateSpec
+from crossways.gates.base import Gate, GateSpec, check_switch, float32_product
 from crossways.routing import Context
 
 
 class LinearGate(Gate):
-    """Logits W x, without bias (Shazeer et al. 2017, arXiv 1701.06538, eq. 2, without the noise).
+    """Logits W x (Shazeer et al. 2017, arXiv 1701.06538, eq. 2, without the noise), or W x + b.
 
-    The product is computed in float32 whatever the dtype of the model, under autocast too: a selection is a
-    comparison, and bfloat16 logits tie.
+    The product is computed in float32 whatever the dtype of the model, under autocast too.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Normal initialisation with the given standard deviation."""
+        """Weights normal with the given standard deviation, bias zero."""
         nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E)."""
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            return functional.linear(x_BSD.float(), self.weight.float())
+        logits_BSE = float32_product(x_BSD, self.weight)
+        return logits_BSE if self.bias is None else logits_BSE + self.bias.float()
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -44,9 +45,15 @@ class LinearGate(Gate):
 
 @dataclass(frozen=True)
 class Linear(GateSpec):
-    """One matrix, no bias."""
+    """One matrix."""
 
     name: ClassVar[str] = "linear"
 
-    def build(self, hidden_size: int, num_experts: int, num_layers: int = 1) -> LinearGate:
-        return LinearGate(hidden_size, num_experts)
+    bias: bool = False
+    """Add a learnt number per expert; nearly nobody does, the SMoE of USMoE's authors' code does."""
+
+    def __post_init__(self) -> None:
+        check_switch(self.name, "bias", self.bias)
+
+    def build(self, hidden_size: int, num_experts: int, num_layers: int = 1, vocab_size: int = 0) -> LinearGate:
+        return LinearGate(hidden_size, num_experts, self.bias)

@@ -84,7 +84,8 @@ class CrosswaysConfig(LlamaConfig):
     expert_activation: str = "swiglu"
     """Activation of routed and shared experts: swiglu, geglu, reglu, silu, gelu or relu."""
     gate: str | dict[str, Any] = "linear"
-    """What maps hidden states to logits: `linear`."""
+    """What maps hidden states to logits: `linear`, `random` (frozen), `cosine` (X-MoE), `low_rank` and `recurrent`
+    (which make the most of a shared gate), `hash` (of token ids), `noisy`, or `stable` (distilled, then frozen)."""
     score: str | dict[str, Any] = "softmax"
     """Score rule, e.g. `softmax`, `sigmoid` or `{"name": "unified", "alpha": 0.5}`."""
     select: str | dict[str, Any] | None = None
@@ -92,11 +93,14 @@ class CrosswaysConfig(LlamaConfig):
     renormalize: bool = False
     """Scale each token's chosen weights to sum to one (as Mixtral does; OLMoE and USMoE do not)."""
     sharing: str | dict[str, Any] = "layer"
-    """Which layers share a gate: `layer` (each its own) or `{"name": "block", "size": 4}` (PathMoE)."""
+    """Which layers share a gate: `layer` (each its own), `{"name": "block", "size": 4}` (PathMoE; `size` may be a
+    list), `all`, or `{"name": "decision", "size": 8}` (a block decides once)."""
     load_balance_coef: float | int = 0.0
     """Weight of the load-balance loss, summed over routers; 0 is off, customary 0.001 to 0.01."""
     router_z_loss_coef: float | int = 0.0
     """Weight of the router z-loss, summed over routers; 0 is off, customary 0.001."""
+    gate_loss_coef: float | int = 1.0
+    """Weight of the loss that some gates train themselves by (`stable`), summed over routers; 1 is the paper's."""
     bias_update_rate: float | int = 0.0
     """Step of loss-free balancing: a bias, added to scores for choosing only, moves against each expert's excess load
     in training (DeepSeek-V3); 0 is off, 0.001 customary. Meant for top-k with sigmoid scores."""
@@ -137,16 +141,20 @@ class CrosswaysConfig(LlamaConfig):
         for field, most in (
             ("load_balance_coef", math.inf),
             ("router_z_loss_coef", math.inf),
+            ("gate_loss_coef", math.inf),
             ("cutoff_momentum", 1),
             ("bias_update_rate", math.inf),
         ):
             if not 0 <= getattr(self, field) <= most:
                 raise UserError(f"{field} must lie in [0, {most}], got {getattr(self, field)}")
         Activation(self.expert_activation)
-        build_gate(self.gate)
         build_score(self.score)
-        build_selection(self.select or "top_k").check(self.num_experts)
-        build_sharing(self.sharing)
+        select = build_selection(self.select or "top_k")
+        select.check(self.num_experts)
+        build_gate(self.gate).check(self.num_experts, select)
+        sharing = build_sharing(self.sharing)
+        if self.moe_layers:
+            sharing.check(len(self.moe_layers))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -176,6 +184,11 @@ class CrosswaysConfig(LlamaConfig):
         """Gate index of every router, a tuple per routed layer."""
         sharing: Sharing = build_sharing(self.sharing)
         return sharing.plan(len(self.moe_layers), self.factors)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the gate or the selection changes in the course of training."""
+        return build_gate(self.gate).scheduled or build_selection(self.select or "top_k").scheduled
 
     @property
     def router_names(self) -> list[str]:

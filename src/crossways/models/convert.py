@@ -25,6 +25,7 @@ from crossways.models.configuration import CrosswaysConfig
 from crossways.models.modeling import CrosswaysForCausalLM
 from crossways.rules.score import Score, Softmax, Unified, build_score
 from crossways.rules.select import TopK, build_selection
+from crossways.sharing import build_sharing
 
 Weights = dict[str, Tensor]
 
@@ -195,6 +196,10 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, f"its score is {score.name!r}, not 'softmax'")
     if not isinstance(gate := build_gate(config.gate), Linear):
         raise _refused(family, f"its gate is {gate.name!r}, not 'linear'")
+    if gate.bias:
+        raise _refused(family, "its gates have biases")
+    if any(map(build_sharing(config.sharing).reuses_decision, range(len(config.moe_layers)))):
+        raise _refused(family, "layers repeat the decision of the layer before")
     if config.mlp_bias:
         raise _refused(family, "its dense layers have biases")
     if any(router.perturbation is not None for router in model.model.routers):

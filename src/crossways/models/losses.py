@@ -24,18 +24,26 @@ def auxiliary_losses(
     added for each layer); a Cartesian layer therefore adds one term per factor.
 
     Returns:
-        `{"load_balance": (R,), "router_z": (R,)}`, unweighted and only those with a coefficient, and a scalar.
+        `{"load_balance": (R,), "router_z": (R,), "gate": (R,)}`, unweighted, only those with a coefficient and only
+        the routers that have one, and a scalar. Routers that repeat another's decision have none, those whose choice
+        is fixed no balance loss, and most gates no loss of their own.
     """
     routings = [routing for routing in routings if not routing.reused]
-    losses: dict[str, Tensor] = {}
-    if config.load_balance_coef and routings:
-        losses["load_balance"] = torch.stack(
-            [load_balance_loss(r.logits_TE, r.assignment, r.valid_T) for r in routings]
-        )
-    if config.router_z_loss_coef and routings:
-        losses["router_z"] = torch.stack([router_z_loss(r.logits_TE, r.valid_T) for r in routings])
-    coefs = {"load_balance": config.load_balance_coef, "router_z": config.router_z_loss_coef}
-    return losses, sum(coefs[name] * loss_R.sum() for name, loss_R in losses.items())
+    losses: dict[str, list[Tensor]] = {}
+    if config.load_balance_coef:
+        learning = [r for r in routings if not r.fixed]
+        losses["load_balance"] = [load_balance_loss(r.logits_TE, r.assignment, r.valid_T) for r in learning]
+    if config.router_z_loss_coef:
+        losses["router_z"] = [router_z_loss(r.logits_TE, r.valid_T) for r in routings]
+    if config.gate_loss_coef:
+        losses["gate"] = [r.gate_loss for r in routings if r.gate_loss is not None]
+    stacked = {name: torch.stack(values) for name, values in losses.items() if values}
+    coefs = {
+        "load_balance": config.load_balance_coef,
+        "router_z": config.router_z_loss_coef,
+        "gate": config.gate_loss_coef,
+    }
+    return stacked, sum(coefs[name] * loss_R.sum() for name, loss_R in stacked.items())
 
 
 def share_of_step(labels_BS: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:

@@ -5,7 +5,6 @@ Legend: B batch, S sequence, D model width, R routers.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -60,6 +59,8 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Gate):
             module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, CrosswaysModel) and module.config.scheduled:
+            init.zeros_(module.training_passes)
         elif isinstance(module, Router):
             for name, buffer in module.named_buffers(recurse=False):
                 init.constant_(buffer, torch.nan if name == "cutoff" else 0.0)
@@ -82,18 +83,28 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
 
 
 class CrosswaysModel(CrosswaysPreTrainedModel):
-    """Decoder without a language-model head. It owns the gates, so layers that share one hold no copy of it."""
+    """Decoder without a language-model head. It owns the gates, so layers that share one hold no copy of it.
+
+    Where a gate or the selection is scheduled, the buffer `training_passes` counts the forward passes in training
+    mode with gradients; it is part of the checkpoint.
+    """
+
+    training_passes: Tensor
 
     def __init__(self, config: CrosswaysConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(CrosswaysDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.gate_plan = dict(zip(config.moe_layers, config.gate_plan, strict=True))
-        users = Counter(gate for gates in self.gate_plan.values() for gate in gates)
         gate = build_gate(config.gate)
+        users = build_sharing(config.sharing).deciding(len(config.moe_layers))
         self.gates = nn.ModuleList(
-            gate.build(config.hidden_size, config.num_experts, users[index]) for index in range(len(users))
+            gate.build(config.hidden_size, config.num_experts, num_layers, config.vocab_size)
+            for num_layers in users
+            for _ in range(config.factors)
         )
+        if config.scheduled:
+            self.register_buffer("training_passes", torch.zeros((), dtype=torch.long))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -109,6 +120,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     ) -> dict[int, list[Context]]:
         """For each routed layer, what its routers may look at, but for what earlier layers will decide."""
         sharing = build_sharing(self.config.sharing)
+        step = int(self.training_passes) if self.config.scheduled else 0
         contexts = {}
         for position, (index, gates) in enumerate(self.gate_plan.items()):
             routers = cast(CrosswaysDecoderLayer, self.layers[index]).routers
@@ -119,6 +131,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
                     causal=causal,
                     token_ids_BS=token_ids_BS,
                     layer=sharing.position(position),
+                    step=step,
                     reuse=sharing.reuses_decision(position),
                     cutoff_C=router.snapshot("cutoff"),
                     bias_E=router.snapshot("bias"),
@@ -191,6 +204,8 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         if self.training and torch.is_grad_enabled():  # sampling from a model in training mode teaches it nothing
             for router, routing in zip(self.routers, routings, strict=True):
                 router.observe(routing)
+            if self.config.scheduled:
+                self.training_passes += 1
         return RoutedModelOutput(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, routings=routings
         )

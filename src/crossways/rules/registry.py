@@ -30,10 +30,11 @@ def _subclasses(kind: type[R]) -> Iterator[type[R]]:
         yield from _subclasses(subclass)
 
 
-def catalogue(kind: type[R], package: str) -> dict[str, type[R]]:
-    """All rules of a kind by name, after importing every module of the package they live in."""
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+def catalogue(kind: type[R], package: str | None = None) -> dict[str, type[R]]:
+    """All rules of a kind by name, after importing every module of the package they live in, if they have one."""
+    if package is not None:
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
     return {cls.name: cls for cls in _subclasses(kind) if "name" in vars(cls)}  # type: ignore[attr-defined]
 
 

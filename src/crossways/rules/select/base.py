@@ -32,6 +32,8 @@ class Selection:
 
     name: ClassVar[str]
     """What selects the rule in a configuration."""
+    scheduled: ClassVar[bool] = False
+    """Whether the rule changes in the course of training, so that the model must count its training passes."""
 
     @property
     def causal(self) -> bool:
@@ -61,6 +63,10 @@ class Selection:
 
     def check(self, num_experts: int) -> None:
         """Raise `UserError` if the rule cannot work with this many experts."""
+
+    def at_step(self, step: int) -> Selection:
+        """The rule after `step` training passes; itself unless it is scheduled."""
+        return self
 
     def decode_twin(self) -> Selection:
         """The causal, batch-invariant rule to generate with: the rule itself if it is both, else a threshold."""
