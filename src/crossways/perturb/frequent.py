@@ -56,7 +56,7 @@ class FrequentPaths(ModelPerturbation):
         if self.path_NR.shape[1] != len(sites):
             raise ValueError(f"paths of {self.path_NR.shape[1]} routers given to a model with {len(sites)}")
         state = _TwoPasses(self.path_NR, self.alone)
-        handle = model.register_forward_pre_hook(state.free_pass, with_kwargs=True)
+        handle = model.register_forward_pre_hook(state.free_pass, with_kwargs=True, prepend=True)
         try:
             yield [state.at(site) for site in sites]
         finally:
@@ -81,7 +81,8 @@ class _TwoPasses:
         self.free, self.log_prob_R, self.expert_TR = True, [], None
         try:
             with torch.no_grad():
-                model(*args, **(kwargs | {"use_cache": False}))
+                # Not `model(...)`: hooks on the model, such as a trace's, are for the pass that counts.
+                model.forward(*args, **(kwargs | {"use_cache": False}))
         finally:
             self.free = False
         self.expert_TR = best_paths(self.log_prob_R, self.path_NR)
