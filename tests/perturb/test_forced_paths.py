@@ -55,7 +55,8 @@ def test_tokens_without_an_expert_get_the_forced_one_with_its_score_and_padding_
 @pytest.mark.parametrize(
     "fields",
     [{}, {"select": {"name": "top_k", "k": 1}}, {"layer": "cartesian"}, {"sharing": {"name": "block", "size": 2}}],
-) @ pytest.mark.parametrize("alone", [False, True])
+)
+@pytest.mark.parametrize("alone", [False, True])
 def test_the_executed_path_is_the_forced_one(tiny, ids_BS, fields, alone):
     model = tiny(**fields)
     free = model(ids_BS, output_routings=True)
@@ -65,7 +66,9 @@ def test_the_executed_path_is_the_forced_one(tiny, ids_BS, fields, alone):
         forced = model(ids_BS, output_routings=True).routings
     assert torch.equal(tops(forced), path_BSR.view(-1, routers))
     if not alone:
-        assert all(a.assignment.num_pairs == b.assignment.num_pairs for a, b in zip(forced, free.routings))
+        assert all(
+            a.assignment.num_pairs == b.assignment.num_pairs for a, b in zip(forced, free.routings, strict=True)
+        )
 
 
 def test_forcing_the_free_path_changes_nothing(tiny, ids_BS):

@@ -68,7 +68,9 @@ def test_the_top_expert_is_disabled_under_the_noisy_logits_and_before_relabellin
         noisy_TE = model(ids_BS, output_routings=True).routings[0].logits_TE
     with perturbed(model, permute):
         plain = model(ids_BS, output_routings=True).routings[0]
-    permutation = {int(e): int(f) for e, f in zip(plain.logits_TE.argmax(-1), plain.assignment.top_expert_T())}
+    permutation = {
+        int(e): int(f) for e, f in zip(plain.logits_TE.argmax(-1), plain.assignment.top_expert_T(), strict=True)
+    }
     with perturbed(model, permute, DisableTop(), noise):
         executed_T = model(ids_BS, output_routings=True).routings[0].assignment.top_expert_T()
     second_T = noisy_TE.topk(2).indices[:, 1]
