@@ -94,7 +94,7 @@ def method_parts(config: CrosswaysConfig) -> dict[str, tuple[str, str]]:
     """The parts a configuration is made of: gate, score, select, sharing, layer; each on one line, and the docstring
     that explains it."""
     gate = build_gate(config.gate)
-    built = gate.build(config.hidden_size, config.num_experts)
+    built = gate.build(config.hidden_size, config.num_experts, 1, config.vocab_size)
     values: Mapping[str, Any] = {
         "score": build_score(config.score),
         "select": build_selection(config.select or "top_k"),
