@@ -57,9 +57,9 @@ def calibrate_command(
 
     report = calibrate(
         model,
-        _batches(text.train, tokenizer, request.evaluation, tokens),
+        documents_batches(text.train, tokenizer, request.evaluation, tokens),
         passes=passes,
-        check=_batches(text.validation, tokenizer, request.evaluation, request.evaluation.max_tokens),
+        check=documents_batches(text.validation, tokenizer, request.evaluation, request.evaluation.max_tokens),
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -69,12 +69,13 @@ def calibrate_command(
     console.print(f"written to {out}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _batches(
+def documents_batches(
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     protocol: EvaluationSettings,
     max_tokens: int | None,
 ) -> list[dict[str, Tensor]]:
+    """Batches that score whole documents under a protocol, up to `max_tokens` tokens."""
     from crossways.training.corpus import utf8_length
     from crossways.training.tokenizer import encode_documents
     from crossways.training.windows import batch_windows, evaluation_windows
