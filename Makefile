@@ -37,5 +37,8 @@ docs: $(STAMP)
 	page = Path('docs/recipes.md'); mark = '<!-- printed by \`crossways recipes --reference\` -->'; \
 	page.write_text(page.read_text().split(mark)[0] + mark + '\n' + text())"
 
+routers-table: $(STAMP)
+	$(BIN)/python benchmarks/routers_train.py
+
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

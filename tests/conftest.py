@@ -1,9 +1,10 @@
-"""Synthetic records: cheap, deterministic, and as hostile as a recipe may be. Recipes of tiny studies."""
+"""One thread for all; synthetic records: cheap, deterministic, and as hostile as a recipe may be. Recipes of tiny studies."""
 
 import json
 import math
 
 import pytest
+import torch
 import yaml
 
 from crossways.study.record import (
@@ -16,6 +17,16 @@ from crossways.study.record import (
     RunRecord,
     Training,
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tiny tensors gain nothing from threads, and on a machine that others use threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 PROTOCOL = Protocol(
     window=64,

@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 
 from crossways import __version__
+from crossways.commands.calibrate import calibrate_command
+from crossways.commands.routers import routers_command
 from crossways.errors import UserError
 
 app = typer.Typer(
@@ -172,6 +174,10 @@ def recipes(
         return
     for name, file in shipped_recipes().items():
         typer.echo(f"{name}: {parse_yaml(file.read_text(encoding='utf-8'), name).get('title', '')}")
+
+
+app.command("calibrate")(calibrate_command)
+app.command("routers")(routers_command)
 
 
 def _no_bars_in_logs() -> None:

@@ -126,6 +126,7 @@ class Router(nn.Module):
         return Routing(
             logits_TE=logits_BSE.flatten(0, 1),
             scores_TE=scores_BSE.flatten(0, 1),
+            choice_TE=choice_BSE.detach().flatten(0, 1),
             assignment=assignment.renormalized() if self.renormalize else assignment,
             valid_T=None if context.valid_BS is None else context.valid_BS.flatten(),
             cutoff_C=observed_C,

@@ -23,6 +23,9 @@ class Routing:
     """Scores, float32 (T, E)."""
     assignment: Assignment
     """The pairs that are executed."""
+    choice_TE: Tensor | None = None
+    """What the selection compared, float32 (T, E) without gradient: the scores, biased where balancing adds a
+    bias."""
     valid_T: Tensor | None = None
     """Boolean (T,), false for padding; None when there is none."""
     cutoff_C: Tensor | None = None

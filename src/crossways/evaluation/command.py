@@ -54,7 +54,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: no such model, an impossible protocol, an empty corpus.
     """
-    request = _request(checkpoint, recipe, overrides)
+    request = requested(checkpoint, recipe, overrides)
     model, tokenizer = load_checkpoint(checkpoint)
     model.config.causal_routing = causal or model.config.causal_routing
     corpus = load_corpus(request.corpus, request.split_seed)
@@ -75,7 +75,9 @@ def evaluate_checkpoint(
     return evaluated
 
 
-def _request(checkpoint: Path, recipe: str | None, overrides: Sequence[str]) -> EvaluationRequest:
+def requested(checkpoint: Path, recipe: str | None, overrides: Sequence[str]) -> EvaluationRequest:
+    """What to evaluate on: the recipe's, or that of the study the model was trained in, or the defaults; then
+    `overrides`."""
     raw: dict[str, Any] = {}
     settings = checkpoint.parent / "settings.json"
     if recipe is not None:

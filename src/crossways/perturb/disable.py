@@ -1,40 +1,18 @@
-"""What if a router erred? Perturbations of routing decisions, put on and taken off by a context manager.
+"""Disable the top experts of every token.
 
 Legend: B batch, S sequence, T = B * S tokens, E experts, P pairs, N experts disabled per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossways.assignment import Assignment
-from crossways.router import Router
-from crossways.routing import Decide, Perturbation, Routing
-
-
-@contextmanager
-def perturbed(model: nn.Module, perturbation: Perturbation) -> Iterator[list[Router]]:
-    """Apply a perturbation to every router of a model while the context lasts; yields the routers.
-
-    Raises:
-        ValueError: if the model has no router, since a measurement would then silently measure nothing.
-    """
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    if not routers:
-        raise ValueError(f"{type(model).__name__} has no router to perturb")
-    before = [router.perturbation for router in routers]
-    try:
-        for router in routers:
-            router.perturbation = perturbation
-        yield routers
-    finally:
-        for router, old in zip(routers, before, strict=True):
-            router.perturbation = old
+from crossways.errors import UserError
+from crossways.routing import Decide, Routing
 
 
 @dataclass(frozen=True)
@@ -48,9 +26,13 @@ class DisableTop:
     """
 
     n: int = 1
-    """Experts disabled per token, at least 1; the paper uses 1."""
+    """Experts disabled per token, at least 1; the paper uses 1, 2 and 3 are its obvious continuation."""
     renormalize: bool = False
     """Scale each token's new weights to the sum of its undisturbed weights."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise UserError(f"DisableTop: n must be at least 1, got {self.n}")
 
     def __call__(self, logits_BSE: Tensor, allowed_BSE: Tensor | None, decide: Decide) -> Routing:
         """Decide, forbid the top pairs, decide again."""

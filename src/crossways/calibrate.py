@@ -1,0 +1,215 @@
+"""Set the cutoffs of decode twins on text, and say how close the twins come to the rules they stand in for.
+
+Legend: B batch, S sequence, T tokens, R routers, E experts, C cutoffs of a router (1 or E).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from crossways.errors import UserError
+from crossways.evaluation.perplexity import Likelihood, score_batches
+from crossways.models import CrosswaysForCausalLM
+from crossways.rank_sketch import RankSketch
+from crossways.router import Router
+from crossways.routing import Routing
+from crossways.rules.select import Threshold
+from crossways.rules.select.base import whole
+
+Batches = Sequence[dict[str, Tensor]]
+"""Batches that can be read several times, as `crossways.training.windows.batch_windows` makes them."""
+
+
+@dataclass(frozen=True)
+class RouterCalibration:
+    """One router's budgets, in experts per token."""
+
+    router: str
+    """Its name."""
+    target: float
+    """What the rule spends by definition, k."""
+    original: float
+    """What the original rule spent on the text that was checked."""
+    twin: float
+    """What the decode twin spent there."""
+    rounding: float
+    """How far the cutoff misses the target on the calibration text because of ties and of bounded memory; 0 if
+    exact."""
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """How close the decode twins come, all routers together and each."""
+
+    tokens: int
+    """Tokens that set the cutoffs, padding excluded."""
+    checked_tokens: int
+    """Tokens scored for the two perplexities."""
+    passes: int
+    """Passes under the twins, after the one under the original rules."""
+    original_perplexity: float
+    """Per token, under the original rules: may flatter, since they look at later tokens or other rows."""
+    twin_perplexity: float
+    """Per token, under the decode twins: what generation gets."""
+    routers: tuple[RouterCalibration, ...]
+    """Each calibrated router."""
+
+    def table(self) -> Table:
+        """For a terminal."""
+        caption = (
+            f"perplexity {self.original_perplexity:.4g} under the original rule, {self.twin_perplexity:.4g} under "
+            f"its decode twin ({self.checked_tokens} tokens); cutoffs from {self.tokens} tokens"
+        )
+        table = Table(title="experts per token", caption=caption, caption_justify="left")
+        for name in ("router", "target", "original", "twin", "twin / original"):
+            table.add_column(name, justify="left" if name == "router" else "right")
+        for router in self.routers:
+            ratio = router.twin / router.original if router.original else float("nan")
+            figures = (router.target, router.original, router.twin, ratio)
+            table.add_row(router.router, *(f"{figure:.4f}" for figure in figures))
+        return table
+
+
+def calibrate(
+    model: CrosswaysForCausalLM,
+    batches: Batches,
+    *,
+    passes: int = 1,
+    check: Batches | None = None,
+    limit: int = 2**16,
+) -> CalibrationReport:
+    """Set the cutoff of every router whose decode twin needs one, so that the twins spend k on average over the text.
+
+    A cutoff is the (k T)-th greatest of the scores of all T tokens and E experts, for expert choice that of each
+    expert by itself among its T scores, k T / E-th. The first pass runs under the original rules, as training does.
+    But the hidden states that a later router sees when generating are those that earlier twins made, so each further
+    pass runs under the twins and sets all cutoffs anew. After i such passes the first i + 1 routers are exactly
+    consistent: R - 1 passes are a calibration router by router; one or two come near.
+
+    Args:
+        model: put in evaluation mode for the duration; only its `cutoff` buffers change, and none if an error is
+        raised. batches: text to calibrate on; ten thousand tokens settle a cutoff to about one per cent.
+        passes: passes under the twins, 0 or more.
+        check: other text to compare rule and twin on; default the same.
+        limit: buckets of the histogram behind each cutoff, see `RankSketch`; memory is at most 16 bytes each.
+
+    Raises:
+        UserError: if no router has a cutoff, or there is no text.
+    """
+    routers = {index: router for index, router in enumerate(model.model.routers) if router.has_cutoff}
+    if not routers:
+        raise UserError("nothing to calibrate: no routing rule of this model needs a threshold to generate")
+    if passes < 0:
+        raise UserError(f"passes must be 0 or more, got {passes}")
+    before = {index: router.cutoff.clone() for index, router in routers.items()}
+    try:
+        for number in range(passes + 1):
+            observed = _pass(model, routers, batches, causal=number > 0, limit=limit)
+            for index, router in routers.items():
+                router.cutoff.copy_(observed[index].cutoff_C())
+        return _report(model, observed, check if check is not None else batches, passes)
+    except BaseException:
+        for index, router in routers.items():
+            router.cutoff.copy_(before[index])
+        raise
+
+
+class _Observed:
+    """The scores of one router, in histograms: one, or one for each expert."""
+
+    def __init__(self, router: Router, limit: int) -> None:
+        twin = router.select.decode_twin()
+        assert isinstance(twin, Threshold)
+        self.twin, self.num_experts, self.tokens = twin, router.num_experts, 0
+        self.sketch_C = [RankSketch(limit) for _ in range(router.num_experts if twin.per_expert else 1)]
+
+    def receive(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        """A forward hook."""
+        assert routing.choice_TE is not None
+        choice_TE = routing.choice_TE if routing.valid_T is None else routing.choice_TE[routing.valid_T]
+        self.tokens += len(choice_TE)
+        for sketch, choice_N in zip(
+            self.sketch_C, choice_TE.t() if self.twin.per_expert else [choice_TE], strict=True
+        ):
+            sketch.add(choice_N)
+
+    @property
+    def wanted(self) -> int:
+        """Pairs that each cutoff may let pass."""
+        return min(whole(self.twin.k * self.tokens / len(self.sketch_C)), self.sketch_C[0].total)
+
+    def cutoff_C(self) -> Tensor:
+        """The cutoffs, float32 (C,)."""
+        return torch.tensor([sketch.cutoff(self.wanted).value for sketch in self.sketch_C])
+
+    def rounding(self) -> float:
+        """By how many experts per token the cutoffs miss the target."""
+        missed = sum(abs(sketch.cutoff(self.wanted).reached - self.wanted) for sketch in self.sketch_C)
+        return missed / self.tokens
+
+
+def _pass(
+    model: CrosswaysForCausalLM, routers: dict[int, Router], batches: Batches, *, causal: bool, limit: int
+) -> dict[int, _Observed]:
+    observed = {index: _Observed(router, limit) for index, router in routers.items()}
+    with ExitStack() as stack:
+        stack.enter_context(_self_sufficient(model, routers.values()))
+        for index, router in routers.items():
+            stack.callback(router.register_forward_hook(observed[index].receive).remove)
+        score_batches(model, batches, causal=causal)
+    if not min(seen.tokens for seen in observed.values()):
+        raise UserError("nothing to calibrate on: the text has no tokens")
+    return observed
+
+
+@contextmanager
+def _self_sufficient(model: nn.Module, routers: Iterable[Router]) -> Iterator[None]:
+    """Routers that are thresholds from the start, and have no cutoff yet, take that of each batch, as they do in the
+    first step of training."""
+    blank = [router for router in routers if isinstance(router.select, Threshold) and router.cutoff.isnan().any()]
+
+    def train(router: nn.Module, args: tuple[Any, ...]) -> None:
+        router.training = True  # the forward pass of the whole model is in evaluation mode
+
+    handles = [router.register_forward_pre_hook(train) for router in blank]
+    try:
+        yield
+    finally:
+        for handle, router in zip(handles, blank, strict=True):
+            handle.remove()
+            router.training = model.training
+
+
+def _report(
+    model: CrosswaysForCausalLM, observed: dict[int, _Observed], check: Batches, passes: int
+) -> CalibrationReport:
+    original, twin = (score_batches(model, check, causal=causal) for causal in (False, True))
+    rows = [
+        RouterCalibration(
+            router=model.config.router_names[index],
+            target=seen.twin.k,
+            original=_budget(original, index),
+            twin=_budget(twin, index),
+            rounding=seen.rounding(),
+        )
+        for index, seen in observed.items()
+    ]
+    return CalibrationReport(
+        tokens=next(iter(observed.values())).tokens,
+        checked_tokens=twin.tokens,
+        passes=passes,
+        original_perplexity=original.perplexity,
+        twin_perplexity=twin.perplexity,
+        routers=tuple(rows),
+    )
+
+
+def _budget(likelihood: Likelihood, router: int) -> float:
+    return float(likelihood.expert_load[router].sum()) / likelihood.routed_tokens

@@ -1,0 +1,1 @@
+"""Sub-commands of `crossways`, one per file; `crossways.cli` attaches them."""

@@ -1,0 +1,91 @@
+"""`crossways calibrate`: set the decode twins' cutoffs of a saved model on a corpus, and save it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crossways.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from crossways.evaluation.settings import EvaluationSettings
+
+
+def calibrate_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Folder for the calibrated model; may be CHECKPOINT itself.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Take corpus, split_seed and evaluation from this recipe.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override corpus, split_seed or evaluation keys."),
+    ] = None,
+    corpus: Annotated[str | None, typer.Option(help="Source of the text; short for --set corpus.source=...")] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Training tokens to calibrate on, in whole documents.")
+    ] = 100_000,
+    passes: Annotated[int, typer.Option(min=0, help="Passes under the twins; 0 calibrates under the rule.")] = 1,
+) -> None:
+    """Set the thresholds that generation routes by, on the training documents of a corpus.
+
+    Prints how close the budgets come on the validation documents, and writes the same to OUT/calibration.json.
+    """
+    from rich.console import Console
+
+    from crossways.calibrate import calibrate
+    from crossways.evaluation.command import load_checkpoint, requested
+    from crossways.training.corpus import load_corpus
+
+    sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
+    request = requested(checkpoint, recipe, sets)
+    model, tokenizer = load_checkpoint(checkpoint)
+    if request.evaluation.window > model.config.max_position_embeddings:
+        raise UserError(
+            f"evaluation.window {request.evaluation.window} exceeds the model's context of "
+            f"{model.config.max_position_embeddings}"
+        )
+    text = load_corpus(request.corpus, request.split_seed)
+
+    report = calibrate(
+        model,
+        documents_batches(text.train, tokenizer, request.evaluation, tokens),
+        passes=passes,
+        check=documents_batches(text.validation, tokenizer, request.evaluation, request.evaluation.max_tokens),
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "calibration.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    console = Console()
+    console.print(report.table())
+    console.print(f"written to {out}", highlight=False, soft_wrap=True, markup=False)
+
+
+def documents_batches(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: EvaluationSettings,
+    max_tokens: int | None,
+) -> list[dict[str, Tensor]]:
+    """Batches that score whole documents under a protocol, up to `max_tokens` tokens."""
+    from crossways.training.corpus import utf8_length
+    from crossways.training.tokenizer import encode_documents
+    from crossways.training.windows import batch_windows, evaluation_windows
+
+    windows = evaluation_windows(
+        encode_documents(tokenizer, documents),
+        map(utf8_length, documents),
+        protocol.window,
+        protocol.stride or protocol.window,
+        tokenizer.eos_token_id,
+        max_tokens,
+    )
+    return list(batch_windows(windows.windows, protocol.batch_size, pad_id=tokenizer.eos_token_id))
