@@ -1,4 +1,4 @@
-"""One thread for all; synthetic records: cheap, deterministic, and as hostile as a recipe may be. Recipes of tiny studies."""
+"""One thread for all tests; synthetic records, cheap and as hostile as a recipe may be; recipes of tiny studies."""
 
 import json
 import math
