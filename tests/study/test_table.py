@@ -105,4 +105,5 @@ def test_rich_prints_labels_literally(make_record):
     assert "[red]x[/]" in text
     assert "[bold]title" in text
     assert "†" in text
-    assert len(to_rich([], headline=False).columns) == 1 + len(COLUMNS)
+    assert len(to_rich([]).columns) == 1 + sum(column.headline for column in COLUMNS)
+    assert len(to_rich([], width=80).columns) == 5

@@ -56,7 +56,7 @@ def publish(out: Path, recipe: Recipe | None = None, console: Console | None = N
         corpus=recipe.corpus.source,
         out=out / "report.html",
     )
-    console.print(to_rich(rows, title=recipe.title))
+    console.print(to_rich(rows, title=recipe.title, width=console.width))
     console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
     return StudyResult(tuple(records), page)
 

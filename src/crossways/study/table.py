@@ -144,12 +144,17 @@ def to_markdown(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, *_footnote(rows)]) + "\n"
 
 
-def to_rich(rows: Sequence[Row], title: str | None = None, headline: bool = True) -> Table:
-    """The table for a terminal; `headline` leaves out the columns that a terminal has no room for."""
+_NARROW = ("parameters_active", "bits_per_byte", "training_rule_bits_per_byte", "disabled_raw")
+_WIDE_TERMINAL = 140
+
+
+def to_rich(rows: Sequence[Row], title: str | None = None, width: int = _WIDE_TERMINAL) -> Table:
+    """The table for a terminal of `width` characters: the headline columns, or the few that fit into 80."""
     notes = "\n".join(_footnote(rows)[1:])
     table = Table(title=title and Text(title), caption=notes or None, box=box.SIMPLE_HEAD, caption_justify="left")
     table.add_column("Variant", overflow="fold")
-    columns = [column for column in COLUMNS if column.headline or not headline]
+    narrow = width < _WIDE_TERMINAL
+    columns = [column for column in COLUMNS if (column.key in _NARROW if narrow else column.headline)]
     best = {column.key: best_row(rows, column) for column in columns}
     for column in columns:
         table.add_column(f"{column.group}\n{column.title}", justify="right")
