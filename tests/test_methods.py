@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import yaml
 
 from crossways.errors import UserError
 from crossways.methods import (
@@ -162,7 +163,8 @@ def test_every_entry_says_where_it_comes_from(name):
     assert "20" in method.paper
     assert method.equation
     assert method.model
-    assert recipe_lines(method).startswith("model:\n")
+    assert yaml.safe_load(recipe_lines(method)) == {"model": method.model}
+    assert recipe_lines(method).count("\n") == len(method.model)
     parts = method_parts(method_config(method))
     assert list(parts) == ["gate", "score", "select", "sharing", "layer"]
     assert all(line and documentation for line, documentation in parts.values())

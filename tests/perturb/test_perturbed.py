@@ -194,3 +194,16 @@ def test_a_trace_sees_what_the_perturbation_made(tiny, ids_BS):
         model(ids_BS)
     assert (trace.load_RE[0] + free.load_RE[0]).tolist() == [16] * 4  # two of four are disabled, the others run
     assert trace.budget_RK[:, 2].tolist() == [16, 16, 16]
+
+
+def test_layers_that_repeat_a_decision_repeat_its_permutation_and_are_not_drawn(tiny, ids_BS):
+    model = tiny(num_hidden_layers=4, sharing={"name": "decision", "size": 2})
+    sites = router_sites(model)
+    assert [site.reuses for site in sites] == [False, True, False, True]
+    assert {layer for seed in range(9) for layer in PermuteExperts(1, seed=seed).chosen_layers(sites)} == {0, 2}
+    with pytest.raises(ValueError, match="1 to 2"):
+        PermuteExperts(3).chosen_layers(sites)
+    with perturbed(model, PermuteExperts(seed=1)):
+        first, second, *_ = masks(model, ids_BS)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, masks(model, ids_BS)[0])
