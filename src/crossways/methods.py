@@ -111,7 +111,8 @@ def method_parts(config: CrosswaysConfig) -> dict[str, tuple[str, str]]:
 def recipe_lines(method: Method) -> str:
     """The YAML that selects a method in a recipe."""
     fields = {
-        name: yaml.safe_dump(value, default_flow_style=True, width=1000) for name, value in method.model.items()
+        name: yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+        for name, value in method.model.items()
     }
     return "\n".join(["model:", *(f"  {name}: {text.splitlines()[0]}" for name, text in fields.items())])
 

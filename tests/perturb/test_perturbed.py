@@ -120,6 +120,16 @@ def test_dropped_experts_are_gone_for_all_tokens_and_the_rest_is_chosen_anew(tin
         assert torch.equal(routing.assignment.top_expert_T(), best_T)
 
 
+def test_padding_stays_without_experts_when_experts_are_dropped(tiny, ids_BS):
+    model = tiny()
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[0, 5:] = 0
+    for perturbation in (DropExperts(0.5), DisableTop(), LogitNoise(1.0), PermuteExperts()):
+        with perturbed(model, perturbation):
+            routings = model(ids_BS, attention_mask=mask_BS, output_routings=True).routings
+        assert not any(routing.assignment.to_mask()[~mask_BS.flatten().bool()].any() for routing in routings)
+
+
 def test_different_seeds_and_routers_lose_different_experts():
     lost = {tuple((~DropExperts(0.5, seed=seed).kept(index, 8)).tolist()) for seed in range(6) for index in range(6)}
     assert len(lost) > 15
