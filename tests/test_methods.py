@@ -23,15 +23,6 @@ from crossways.models import CrosswaysForCausalLM
 NAMES = list(methods())
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads cost more than they save on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 ROWS, LENGTH, CUT = 3, 12, 6
 
 
