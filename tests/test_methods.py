@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import yaml
 
 from crossways.errors import UserError
 from crossways.methods import (
@@ -20,15 +21,6 @@ from crossways.methods import (
 from crossways.models import CrosswaysForCausalLM
 
 NAMES = list(methods())
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads cost more than they save on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 ROWS, LENGTH, CUT = 3, 12, 6
@@ -162,7 +154,8 @@ def test_every_entry_says_where_it_comes_from(name):
     assert "20" in method.paper
     assert method.equation
     assert method.model
-    assert recipe_lines(method).startswith("model:\n")
+    assert yaml.safe_load(recipe_lines(method)) == {"model": method.model}
+    assert recipe_lines(method).count("\n") == len(method.model)
     parts = method_parts(method_config(method))
     assert list(parts) == ["gate", "score", "select", "sharing", "layer"]
     assert all(line and documentation for line, documentation in parts.values())

@@ -110,8 +110,11 @@ def method_parts(config: CrosswaysConfig) -> dict[str, tuple[str, str]]:
 
 def recipe_lines(method: Method) -> str:
     """The YAML that selects a method in a recipe."""
-    lines = yaml.safe_dump({"model": method.model}, sort_keys=False, default_flow_style=None, width=100)
-    return lines.rstrip()
+    fields = {
+        name: yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+        for name, value in method.model.items()
+    }
+    return "\n".join(["model:", *(f"  {name}: {text.splitlines()[0]}" for name, text in fields.items())])
 
 
 def _read() -> _Methods:

@@ -108,6 +108,7 @@ def test_coverage_exact_and_bounded():
     short = PathCounts(1, limit=1)
     short.add(np.array([[0]] * 5 + [[1]] * 3 + [[2]] * 2))  # 3 is taken off: one path of 2, error 3
     assert (path_coverage(short, 1).lower, path_coverage(short, 1).upper) == (0.2, 0.5)
+    assert (path_coverage(short, 2).lower, path_coverage(short, 2).upper) == (0.2, 0.8)
 
 
 def test_distinct_paths_on_the_whole_and_on_blocks():

@@ -120,6 +120,16 @@ def test_dropped_experts_are_gone_for_all_tokens_and_the_rest_is_chosen_anew(tin
         assert torch.equal(routing.assignment.top_expert_T(), best_T)
 
 
+def test_padding_stays_without_experts_when_experts_are_dropped(tiny, ids_BS):
+    model = tiny()
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[0, 5:] = 0
+    for perturbation in (DropExperts(0.5), DisableTop(), LogitNoise(1.0), PermuteExperts()):
+        with perturbed(model, perturbation):
+            routings = model(ids_BS, attention_mask=mask_BS, output_routings=True).routings
+        assert not any(routing.assignment.to_mask()[~mask_BS.flatten().bool()].any() for routing in routings)
+
+
 def test_different_seeds_and_routers_lose_different_experts():
     lost = {tuple((~DropExperts(0.5, seed=seed).kept(index, 8)).tolist()) for seed in range(6) for index in range(6)}
     assert len(lost) > 15
@@ -194,3 +204,16 @@ def test_a_trace_sees_what_the_perturbation_made(tiny, ids_BS):
         model(ids_BS)
     assert (trace.load_RE[0] + free.load_RE[0]).tolist() == [16] * 4  # two of four are disabled, the others run
     assert trace.budget_RK[:, 2].tolist() == [16, 16, 16]
+
+
+def test_layers_that_repeat_a_decision_repeat_its_permutation_and_are_not_drawn(tiny, ids_BS):
+    model = tiny(num_hidden_layers=4, sharing={"name": "decision", "size": 2})
+    sites = router_sites(model)
+    assert [site.reuses for site in sites] == [False, True, False, True]
+    assert {layer for seed in range(9) for layer in PermuteExperts(1, seed=seed).chosen_layers(sites)} == {0, 2}
+    with pytest.raises(ValueError, match="1 to 2"):
+        PermuteExperts(3).chosen_layers(sites)
+    with perturbed(model, PermuteExperts(seed=1)):
+        first, second, *_ = masks(model, ids_BS)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, masks(model, ids_BS)[0])

@@ -80,6 +80,8 @@ def test_factors_neighbour_the_same_factor_of_the_next_layer():
     a0, b0, a1, b1 = (routing_of([row]) for row in ([1.0, 0, 0], [0, 1.0, 0], [1.0, 0, 0], [0, 0, 1.0]))
     trace = trace_of(a0, b0, a1, b1, factors=2, block=1)
     assert [np.argwhere(pairs).tolist() for pairs in trace.top_pairs_HEE] == [[[0, 0]], [[1, 2]]]
+    assert [np.argwhere(pairs).tolist() for pairs in trace.pairs_HEE] == [[[0, 0]], [[1, 2]]]
+    assert trace.jaccard_H.tolist() == [1.0, 0.0]
     assert trace.run_L1.tolist() == [0, 2, 2]
     assert trace.paths.most_common()[0].tolist() == [[0, 1, 0, 2]]
     assert [counts.most_common()[0].tolist() for counts in trace.block_paths] == [[[0, 1]], [[0, 2]]]
