@@ -51,12 +51,12 @@ def test_alpha_outside_the_unit_interval_is_refused(alpha):
 def test_declared_properties_hold(name):
     rule = build_score(name)
     check_score(rule)
-    assert probe_score(rule) == Properties(rule.causal, rule.batch_invariant)
+    assert probe_score(rule) == Properties(rule.causal, rule.batch_invariant, padding_inert=True)
 
 
 def test_the_probe_finds_a_score_that_looks_around():
     class OverTokens(Softmax):  # no name of its own, so that no catalogue lists it
-        def __call__(self, logits_BSE):
+        def __call__(self, logits_BSE, valid_BS=None):
             return logits_BSE.softmax(1)
 
     with pytest.raises(ValueError, match="causal is declared True but observed False"):

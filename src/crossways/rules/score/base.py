@@ -49,8 +49,8 @@ class Score:
         return self
 
     def normaliser(self, logits_BSE: Tensor, valid_BS: Tensor | None = None) -> Tensor | None:
-        """What the twin must know of a batch, float32 (E,), which routers keep a running estimate of; None if nothing.
-        NaN for a batch of padding alone."""
+        """What the twin must know of a batch, float32 (E,), of which routers keep a running estimate; None if it
+        needs nothing, NaN for a batch of padding alone."""
         return None
 
     def at(self, normaliser_E: Tensor) -> Score:

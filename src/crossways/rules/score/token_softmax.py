@@ -25,8 +25,8 @@ class TokenSoftmax(Score):
     code uses the sigmoid of `unified` and keeps variants of this only as comments).
 
     The factor n / E is ours: it makes v 1 / E at equal logits, the scale of a softmax over experts, whatever the
-    length. Later tokens share the same unit, so the rule is not causal. Its twin replaces the sum by what it is in the
-    mean, v = exp(s[t, e] - c[e]) / E with c[e] = log mean_t exp(s[t, e]), which the router estimates while it trains:
+    length. Later tokens share the same unit, so the rule is not causal. Its twin replaces the sum by what it is in
+    the mean, v = exp(s[t, e] - c[e]) / E with c[e] = log mean_t exp(s[t, e]), which the router estimates in training:
     the same function of the token's own logit, unlike a fallback to another score, and equal to it on a text long
     enough to show the mean. It is not bounded by n / E, as the sum no longer contains the token itself.
     """
@@ -68,14 +68,20 @@ class TokenSoftmax(Score):
 
 
 @dataclass(frozen=True, eq=False)
-class RunningTokenSoftmax(Score):
+class RunningTokenSoftmax(TokenSoftmax):
     """The decode twin of `TokenSoftmax`; see there."""
+
+    causal = True
+    batch_invariant = True
 
     value: Tensor | None = None
     """c, float32 (E,)."""
 
     def at(self, normaliser_E: Tensor) -> RunningTokenSoftmax:
         return replace(self, value=normaliser_E)
+
+    def decode_twin(self) -> RunningTokenSoftmax:
+        return self
 
     def __call__(self, logits_BSE: Tensor, valid_BS: Tensor | None = None) -> Tensor:
         if self.value is None:

@@ -5,7 +5,7 @@ Legend: B batch, S sequence, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -25,8 +25,8 @@ class Unified(Score):
     the authors' published code. The factor 2 / E puts both on one scale: each is 1 / E at logits of zero. The sigmoid
     part's row sum is not one, so scores of one token sum to one only on average.
 
-    `expert_part = softmax_over_tokens` takes `token_softmax` for the second part, on the same scale. It looks at other
-    tokens, so the score then has the decode twin that is described there. Each part alone: alpha 1 or 0.
+    `expert_part = softmax_over_tokens` takes `token_softmax` for the second part, on the same scale. It looks at
+    other tokens, so the score then has the decode twin that is described there. Each part alone: alpha 1 or 0.
     """
 
     name: ClassVar[str] = "unified"
@@ -85,10 +85,11 @@ class Unified(Score):
 class _RunningUnified(Unified):
     """The decode twin with a softmax over tokens: `RunningTokenSoftmax` for the second part."""
 
-    running: RunningTokenSoftmax = RunningTokenSoftmax()
+    value: Tensor | None = None
+    """Its normaliser, float32 (E,)."""
 
     def at(self, normaliser_E: Tensor) -> Unified:
-        return _RunningUnified(self.alpha, running=self.running.at(normaliser_E))
+        return replace(self, value=normaliser_E)
 
     def _expert_choice(self, logits_BSE: Tensor, valid_BS: Tensor | None) -> Tensor:
-        return self.running(logits_BSE)
+        return RunningTokenSoftmax(value=self.value)(logits_BSE)

@@ -27,6 +27,7 @@ from crossways.rules.select.base import (
 
 Group = Literal["sequence", "batch"]
 Order = Literal["position", "score"]
+Second = Literal["always", "random"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Capacity(Selection):
     """Who is served first by a full expert: earlier tokens (`position`), or greater scores (`score`)."""
     normalize: bool = False
     """Scale each token's k weights to sum to one before any is dropped (GShard). `renormalize` does so afterwards."""
-    second: Literal["always", "random"] = "always"
+    second: Second = "always"
     """`random`: in training, an expert after the first is asked with probability min(1, k * its normalised weight)
     (GShard, for k = 2: twice the weight); evaluation always asks."""
 
@@ -67,9 +68,9 @@ class Capacity(Selection):
             check_number(self.name, "factor", self.factor)
             if not 0 < self.factor < math.inf:
                 raise UserError(f"selection 'capacity': factor must be a finite number above 0, got {self.factor}")
-        for field, known in (("group", get_args(Group)), ("order", get_args(Order)), ("second", ("always", "random"))):
-            if getattr(self, field) not in known:
-                raise UserError(f"selection 'capacity': {field} must be one of {known}, got {getattr(self, field)!r}")
+        for field, known in (("group", Group), ("order", Order), ("second", Second)):
+            if (value := getattr(self, field)) not in get_args(known):
+                raise UserError(f"selection 'capacity': {field} must be one of {get_args(known)}, got {value!r}")
 
     @property
     def causal(self) -> bool:
@@ -98,7 +99,7 @@ class Capacity(Selection):
         return _Sampled(self.k, self.factor, self.group, self.order, self.normalize, self.second)
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
-        batch, sequence, num_experts = choice_BSE.shape
+        batch, _, num_experts = choice_BSE.shape
         asked_TKE, weight_TE = self._asked(choice_BSE.flatten(0, 1), scores_BSE.flatten(0, 1), allowed_BSE)
         groups = batch if self.group == "sequence" else 1
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
