@@ -105,7 +105,8 @@ class Capacity(Selection):
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
         asked_GNKE = asked_TKE.view(groups, -1, *asked_TKE.shape[1:])
         served_GNKE = self._served(asked_GNKE, choice_BSE, self.capacity(tokens_G, num_experts))
-        return Assignment.from_mask(served_GNKE.any(2).reshape(-1, num_experts), weight_TE)
+        broken_TE = asked_TKE.any(1) & choice_BSE.flatten(0, 1).isnan()  # must show, so is not dropped
+        return Assignment.from_mask(served_GNKE.any(2).reshape(-1, num_experts) | broken_TE, weight_TE)
 
     def capacity(self, tokens_G: Tensor, num_experts: int) -> Tensor:
         """Places at each of E experts in groups of so many tokens, rounded up in integers; both int64 (G,)."""
