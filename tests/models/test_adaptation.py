@@ -8,9 +8,12 @@ import torch
 from crossways.errors import UserError
 from crossways.evaluation.cost import count_parameters, mean_budget
 from crossways.evaluation.evaluate import leak_reason
+from crossways.gates import LinearGate
 from crossways.models import CrosswaysForCausalLM
 from crossways.models.convert import to_qwen2_moe
-from crossways.router import Sparsity
+from crossways.router import Router, Sparsity
+from crossways.rules.score import Sigmoid
+from crossways.rules.select import TopK
 
 DEEPSEEK = {
     "score": "sigmoid",
@@ -79,17 +82,19 @@ def test_the_bias_chooses_but_does_not_weigh(tiny_model, tokens):
     torch.testing.assert_close(routing.scores_TE, routing.logits_TE.sigmoid())
 
 
-def test_the_bias_balances_a_skewed_router(tiny_model):
+def test_the_bias_balances_a_skewed_router():
     torch.manual_seed(0)
-    ids_BS = torch.randint(1, 37, (8, 16))
-    loads = {}
-    for rate in (0.0, 0.05):
-        model = tiny_model(calibrated=False, **DEEPSEEK | {"bias_update_rate": rate}).train()
-        for _ in range(150):
-            output = model(ids_BS)
-        loads[rate] = [float(load_E.max() / load_E.float().mean()) for load_E in output.expert_load]
-    assert max(loads[0.0]) > 1.25
-    assert max(loads[0.05]) < min(1.15, max(loads[0.0]))
+    gate = LinearGate(8, 4)
+    gate.weight.data.normal_()
+    router = Router(4, Sigmoid(), TopK(1), gate=gate, bias_update_rate=0.005).train()
+    x_BSD = torch.randn(4, 64, 8) + 2 * gate.weight.data[0]  # expert 0 is favoured
+    before = router(x_BSD).assignment.load_E()
+    for _ in range(400):
+        router.observe(router(x_BSD))
+    after = router(x_BSD).assignment.load_E()
+    assert before.max() > 120
+    assert after.max() < 90
+    assert after.min() > 40
 
 
 def test_the_bias_is_saved_and_stays_float32(tiny_model, tmp_path):
@@ -133,21 +138,21 @@ def test_the_penalty_weight_moves_in_training_alone(tiny_model, tokens):
     assert coefs(model)[0] in (pytest.approx(before[0] * 1.2), pytest.approx(before[0] / 1.2))
 
 
-@pytest.mark.parametrize("layer", ["moe", "cartesian"])
-def test_remoe_reaches_its_budget(tiny_model, layer):
+def test_remoe_reaches_its_budget(tiny_model):
     torch.manual_seed(0)
-    ids_BS = torch.randint(1, 37, (8, 16))
-    model = tiny_model(calibrated=False, **REMOE | {"layer": layer, "sparsity_coef_start": 1e-4}).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    ids_BS = torch.randint(1, 37, (2, 16))
+    fields = REMOE | {"sparsity_coef_start": 1e-3, "sparsity_coef_growth": 1.3, "num_hidden_layers": 1}
+    model = tiny_model(calibrated=False, **fields).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     budgets = []
-    for _ in range(150):
+    for _ in range(80):
         output = model(ids_BS, labels=ids_BS)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        budgets.append(sum(float(load_E.sum()) for load_E in output.expert_load) / (len(output.expert_load) * 128))
+        budgets.append(int(output.expert_load[0].sum()) / 32)
     assert budgets[0] > 1.5
-    assert sum(budgets[-30:]) / 30 == pytest.approx(1.0, abs=0.25)
+    assert sum(budgets[-20:]) / 20 == pytest.approx(1.0, abs=0.25)
 
 
 def test_expert_dropout_acts_in_training_alone(tiny_model, tokens):
