@@ -120,7 +120,7 @@ def test_base_under_masks_that_cannot_be_balanced():
     mask_NE = balanced_assignment(gain_NE, allowed_NE)
     assert mask_NE.sum(0).tolist() == [2, 0]
     allowed_NE = torch.tensor([[False, True], [True, True], [True, True], [True, False]])
-    mask_NE = balanced_assignment(gain_NE, allowed_NE)
+    mask_NE = balanced_assignment(torch.tensor([[-5.0, -9.0], [-5.0, -9.0], [-9.0, -5.0], [-9.0, -5.0]]), allowed_NE)
     assert not (mask_NE & ~allowed_NE).any()
     assert mask_NE.sum(1).tolist() == [1] * 4
 
@@ -170,3 +170,10 @@ def test_the_router_chooses_by_logits_and_weighs_by_scores(select):
     torch.testing.assert_close(causal.to_dense(), greedy.to_dense())
     routing.assignment.weight_P.square().sum().backward()
     assert gate.weight.grad.abs().sum(1).all()
+
+
+def test_in_a_router_base_solves_for_the_logits():
+    gate = LinearGate(2, 2)
+    gate.weight.data = torch.eye(2)
+    routing = Router(2, Sigmoid(), Base(), gate=gate)(torch.tensor([[[9.0, 5.0], [2.0, -1.0]]]))
+    assert routing.assignment.to_mask()[:, 0].tolist() == [True, False]  # scores would choose otherwise

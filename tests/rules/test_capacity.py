@@ -117,6 +117,14 @@ def test_random_seconds_are_kept_in_proportion_and_only_in_training():
     assert Capacity(2).in_training() == Capacity(2)
 
 
+def test_a_first_choice_is_always_asked_for():
+    scores_BSE = torch.tensor([0.001, 0.9, 0.0]).expand(1, 300, 3)
+    choice_BSE = torch.tensor([5.0, 1.0, 0.0]).expand(1, 300, 3)  # as after a bias: the first choice weighs little
+    assert Capacity(2, 4.0, second="random").in_training()(choice_BSE, scores_BSE).load_E().tolist() == [300, 300, 0]
+    nothing_BSE = torch.zeros(1, 300, 3)
+    assert Capacity(2, 4.0, second="random").in_training()(choice_BSE, nothing_BSE).load_E()[0] == 300
+
+
 def test_the_router_samples_seconds_in_training_only():
     gate = LinearGate(8, 4)
     router = Router(4, Softmax(), Capacity(2, 4.0, second="random"), gate=gate)
