@@ -12,6 +12,7 @@ from crossways.gates import LinearGate
 from crossways.models import CrosswaysForCausalLM
 from crossways.models.convert import to_qwen2_moe
 from crossways.router import Router, Sparsity
+from crossways.rules.balance import load_balance_loss
 from crossways.rules.score import Sigmoid
 from crossways.rules.select import TopK
 
@@ -123,8 +124,37 @@ def test_all_routers_share_one_penalty_weight_and_the_loss_uses_the_old_one(tiny
     assert coefs(model) == pytest.approx([1e-8 * (1.2 if density > 0.25 else 1 / 1.2)] * 2)
     used = [float(routing.sparsity_coef) for routing in output.routings]
     assert used == pytest.approx([1e-8, 1e-8])
-    added = output.loss - output.lm_loss
-    torch.testing.assert_close(added, (1e-8 * output.aux_losses["sparsity"]).mean(), atol=1e-6, rtol=0)
+
+
+def test_the_penalty_is_averaged_over_routers(tiny_model, tokens):
+    output = tiny_model(calibrated=False, **REMOE | {"sparsity_coef_start": 3.0})(tokens[0], labels=tokens[0])
+    assert output.aux_losses["sparsity"].all()
+    torch.testing.assert_close(output.loss - output.lm_loss, 3 * output.aux_losses["sparsity"].mean())
+
+
+def test_the_density_is_that_of_all_routers_together(tiny_model, tokens):
+    model = tiny_model(calibrated=False, **REMOE | {"sparsity_budget": 0.4}).train()
+    with torch.no_grad():
+        model.model.gates[1].weight.zero_()  # executes nothing, but the mean is still above a tenth
+    model(tokens[0])
+    assert coefs(model) == pytest.approx([1.2e-8, 1.2e-8])
+
+
+def test_zero_computation_experts_weigh_less_in_the_balance_loss(tiny_model, tokens):
+    fields = {"copy_experts": 1, "constant_experts": 1, "load_balance_coef": 0.1, "zero_computation_balance": 0.25}
+    output = tiny_model(**fields)(tokens[0], labels=tokens[0], output_routings=True)
+    share_E = torch.tensor([1, 1, 1, 1, 0.25, 0.25])
+    expected = [load_balance_loss(r.logits_TE, r.assignment, share_E=share_E) for r in output.routings]
+    torch.testing.assert_close(output.aux_losses["load_balance"], torch.stack(expected))
+
+
+def test_every_fixed_loss_is_added_with_its_weight(tiny_model, tokens):
+    coefs = {"load_balance": 0.1, "sequence_balance": 0.2, "importance": 0.3, "entropy": 0.4, "router_z": 0.5}
+    fields = {f"{name}_loss_coef" if name == "router_z" else f"{name}_coef": coef for name, coef in coefs.items()}
+    output = tiny_model(**fields)(tokens[0], labels=tokens[0])
+    assert output.aux_losses.keys() == coefs.keys()
+    total = sum(coefs[name] * loss_R.sum() for name, loss_R in output.aux_losses.items())
+    torch.testing.assert_close(output.loss - output.lm_loss, total)
 
 
 def test_the_penalty_weight_moves_in_training_alone(tiny_model, tokens):

@@ -100,6 +100,7 @@ METHODS = {
     "sinkhorn_top1": {"score": "sigmoid", "select": {"name": "sinkhorn", "group": "batch"}},
     "shazeer_importance": {"renormalize": True, "importance_coef": 0.1},
     "stacked_control": {"layer": "cartesian", "router_input": "layer"},
+    "causal_token_softmax": {"score": "token_softmax", "causal_routing": True},
     "usmoe_tokens": {
         "score": {"name": "unified", "expert_part": "softmax_over_tokens"},
         "select": {"name": "top_c", "k": 1.5},
