@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from crossways.errors import UserError
 from crossways.gates import gate_catalogue
 from crossways.models import CrosswaysForCausalLM, CrosswaysModel
+from crossways.perturb import DisableTop, perturbed, top_pairs
 from crossways.rules.score import score_catalogue
 from crossways.rules.select import selection_catalogue
 from crossways.sharing import sharing_catalogue
@@ -403,6 +404,18 @@ def test_autocast_trains(tiny_model, tokens):
     assert output.loss.isfinite()
     assert all(routing.scores_TE.dtype == torch.float32 for routing in output.routings)
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [*METHODS, *(f"select_{name}" for name in SELECTIONS)])
+def test_disabling_the_top_expert_works_with_every_rule(tiny_model, tokens, kind):
+    model = tiny_model(**KINDS[kind])
+    usual = model(tokens[0], attention_mask=tokens[1], output_routings=True).routings[0]
+    with perturbed(model, DisableTop(1)):
+        output = model(tokens[0], attention_mask=tokens[1], output_routings=True)
+    disturbed_TE = output.routings[0].assignment.to_mask()
+    assert not (disturbed_TE & top_pairs(usual.assignment, 1)).any()
+    assert not disturbed_TE[~tokens[1].bool().flatten()].any()
+    assert output.logits.isfinite().all()
 
 
 def test_hidden_states_and_attentions(tiny_model, tokens):

@@ -97,7 +97,7 @@ class CrosswaysConfig(LlamaConfig):
     """What maps hidden states to logits: `linear`, `random` (frozen), `cosine` (X-MoE), `low_rank` and `recurrent`
     (which make the most of a shared gate), `hash` (of token ids), `noisy`, or `stable` (distilled, then frozen)."""
     score: str | dict[str, Any] = "softmax"
-    """Score rule, e.g. `softmax`, `sigmoid` or `{"name": "unified", "alpha": 0.5}`."""
+    """Score rule, e.g. `softmax`, `sigmoid`, `relu` or `{"name": "unified", "alpha": 0.5}`."""
     select: str | dict[str, Any] | None = None
     """Selection rule, e.g. `{"name": "top_c", "k": 2, "group": "sequence"}`; by default token choice with k = 2."""
     renormalize: bool = False

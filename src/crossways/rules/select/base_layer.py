@@ -56,7 +56,7 @@ class Base(Selection):
     def check(self, num_experts: int) -> None:
         check_budget(self.name, self.k, num_experts)
         if importlib.util.find_spec("scipy") is None:
-            raise UserError("selection 'base' solves an assignment problem with scipy: pip install scipy")
+            raise UserError("selection 'base' needs scipy for its assignment problem: pip install 'crossways[base]'")
 
     def decode_twin(self) -> TopK:
         return TopK(1)
