@@ -120,3 +120,21 @@ def test_gates_given_at_the_call_go_to_their_factor():
 def test_factors_need_norms_between_them():
     with pytest.raises(ValueError, match="2 factors need 1 norms"):
         CartesianMoE([moe(), moe()], [])
+
+
+@pytest.mark.parametrize("skip", ["factor", "input"])
+def test_stacked_routers_may_all_read_the_layers_input(skip):
+    factors, norms = [moe() for _ in range(3)], [nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)]
+    layer = CartesianMoE(factors, norms, skip, router_input="layer")
+    r_BSD = torch.randn(2, 3, WIDTH)
+    x_BSD = nn.RMSNorm(WIDTH)(r_BSD)
+    added_BSD, routings = layer(x_BSD, r_BSD)
+    for factor, routing in zip(factors, routings, strict=True):
+        assert torch.equal(routing.logits_TE, factor.router.gate(x_BSD).flatten(0, 1))
+    # the experts still run in sequence
+    h1_BSD = r_BSD + factors[0](x_BSD)[0]
+    y2_TD = factors[1].experts(norms[0](h1_BSD).flatten(0, 1), routings[1].assignment)
+    h2_BSD = h1_BSD + y2_TD.view_as(r_BSD)
+    y3_TD = factors[2].experts(norms[1](h2_BSD).flatten(0, 1), routings[2].assignment)
+    last_BSD = (r_BSD if skip == "input" else h2_BSD) + y3_TD.view_as(r_BSD)
+    torch.testing.assert_close(r_BSD + added_BSD, last_BSD)

@@ -108,6 +108,17 @@ class Assignment:
         """The same pairs with each token's weights scaled to sum to one."""
         return self.with_weights(self.weight_P / self.weight_sum_T()[self.token_P])
 
+    def of_experts(self, first: int, end: int) -> Assignment:
+        """The pairs of experts `first` to `end - 1` alone, with these numbered from 0."""
+        begin_P, end_P = self.offsets_E1[[first, end]].tolist()
+        return Assignment(
+            token_P=self.token_P[begin_P:end_P],
+            expert_P=self.expert_P[begin_P:end_P] - first,
+            weight_P=self.weight_P[begin_P:end_P],
+            offsets_E1=self.offsets_E1[first : end + 1] - begin_P,
+            num_tokens=self.num_tokens,
+        )
+
     def to_mask(self) -> Tensor:
         """Boolean (T, E), true at the chosen pairs."""
         mask_TE = torch.zeros(self.num_tokens, self.num_experts, dtype=torch.bool, device=self.token_P.device)

@@ -10,8 +10,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.experts.module import Experts
+from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.router import Router
 from crossways.routing import Context, Routing
 
@@ -35,12 +37,27 @@ class MoE(nn.Module):
     """y = sum over chosen experts of weight_e FFN_e(x), plus FFN_shared(x) where there is a shared expert.
 
     The shared expert (DeepSeekMoE, arXiv 2401.06066, section 3.2; SMoE-Share of CartesianMoE, arXiv 2410.16077) is
-    not routed and not weighted, and may have any width.
+    not routed and not weighted, and may have any width. Zero-computation experts (MoE++, arXiv 2410.07348) come
+    after the feed-forward experts in the router's numbering.
     """
 
-    def __init__(self, router: Router, experts: Experts, shared_expert: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared_expert: nn.Module | None = None,
+        zero_computation: ZeroComputationExperts | None = None,
+    ) -> None:
+        """
+        Args:
+            router: decides among all experts.
+            experts: the feed-forward experts, first in the router's numbering.
+            shared_expert: (B, S, D) to (B, S, D), or None.
+            zero_computation: the experts after them, or None.
+        """
         super().__init__()
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
+        self.zero_computation = zero_computation
 
     @property
     def routers(self) -> tuple[Router, ...]:
@@ -52,24 +69,34 @@ class MoE(nn.Module):
         x_BSD: Tensor,
         residual_BSD: Tensor | None = None,
         contexts: Sequence[Context] = (Context(),),
+        router_input_BSD: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """
         Args:
             x_BSD: the normalised input (B, S, D).
             residual_BSD: unused; a plain layer depends on its input alone.
             contexts: what each router may look at beside its input, one per router.
+            router_input_BSD: what the router reads, by default `x_BSD`.
 
         Returns:
             What to add to the residual stream (B, S, D), and the routing of each router.
         """
-        routing = self.router(x_BSD, contexts[0])
-        y_BSD = self.experts(x_BSD.flatten(0, 1), routing.assignment).view_as(x_BSD)
+        routing = self.router(x_BSD if router_input_BSD is None else router_input_BSD, contexts[0])
+        y_BSD = self._routed(x_BSD.flatten(0, 1), routing.assignment).view_as(x_BSD)
         if self.shared_expert is not None:
             y_BSD = y_BSD + self.shared_expert(x_BSD)
         return y_BSD, (routing,)
 
+    def _routed(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+        if self.zero_computation is None:
+            return self.experts(x_TD, assignment)
+        first = assignment.num_experts - self.zero_computation.num_experts
+        rest = assignment.of_experts(first, assignment.num_experts)
+        return self.experts(x_TD, assignment.of_experts(0, first)) + self.zero_computation(x_TD, rest)
+
 
 Skip = Literal["factor", "input"]
+RouterInput = Literal["factor", "layer"]
 
 
 class CartesianMoE(nn.Module):
@@ -80,19 +107,31 @@ class CartesianMoE(nn.Module):
     The paper draws neither norms nor the last skip; pre-norm is our reading (LLaMA's), and `skip` selects where the
     last residual starts: `factor` adds to the previous factor's output, `input` to the layer's input. Norm_1 belongs
     to the caller, as for any feed-forward network, so one factor alone is exactly `MoE`.
+
+    With `router_input = layer` every router reads Norm_1(r), so that a factor's choice cannot depend on what the one
+    before computed: the control that tells the composition of choices from the mere depth. Experts still run in
+    sequence.
     """
 
-    def __init__(self, factors: Sequence[MoE], norms: Sequence[nn.Module], skip: Skip = "factor") -> None:
+    def __init__(
+        self,
+        factors: Sequence[MoE],
+        norms: Sequence[nn.Module],
+        skip: Skip = "factor",
+        router_input: RouterInput = "factor",
+    ) -> None:
         """
         Args:
             factors: A >= 1 routed sub-layers.
             norms: the A - 1 norms between them.
             skip: see above.
+            router_input: see above.
         """
         super().__init__()
         if len(norms) != len(factors) - 1:
             raise ValueError(f"{len(factors)} factors need {len(factors) - 1} norms between them, got {len(norms)}")
-        self.factors, self.norms, self.skip = nn.ModuleList(factors), nn.ModuleList(norms), skip
+        self.factors, self.norms = nn.ModuleList(factors), nn.ModuleList(norms)
+        self.skip, self.router_input = skip, router_input
 
     @property
     def routers(self) -> tuple[Router, ...]:
@@ -108,9 +147,10 @@ class CartesianMoE(nn.Module):
         """As `MoE.forward`, with the residual stream (B, S, D) that `x_BSD` is the norm of."""
         contexts = contexts or (Context(),) * len(self.factors)
         added_BSD, routings = self.factors[0](x_BSD, contexts=contexts[:1])
+        router_input_BSD = x_BSD if self.router_input == "layer" else None
         for norm, factor, context in zip(self.norms, self.factors[1:], contexts[1:], strict=True):
             x_BSD = norm(residual_BSD + added_BSD)
-            y_BSD, routing = factor(x_BSD, contexts=(context,))
+            y_BSD, routing = factor(x_BSD, contexts=(context,), router_input_BSD=router_input_BSD)
             last_alone = self.skip == "input" and factor is self.factors[-1]
             added_BSD = y_BSD if last_alone else added_BSD + y_BSD
             routings = (*routings, *routing)

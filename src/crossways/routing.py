@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from crossways.assignment import Assignment
@@ -30,6 +31,12 @@ class Routing:
     """Boolean (T,), false for padding; None when there is none."""
     cutoff_C: Tensor | None = None
     """The threshold that would have spent the same budget on this batch, for rules whose decode twin needs it."""
+    normaliser_E: Tensor | None = None
+    """What the decode twin of a score that looks at other tokens would have to know of this batch."""
+    sparsity_coef: Tensor | None = None
+    """Weight of the sparsity loss for this batch, scalar, for routers that adapt it."""
+    num_rows: int = 1
+    """B; tokens are row-major, so row b owns tokens b S to (b + 1) S - 1."""
     state: Tensor | None = None
     """What a recurrent gate hands to the next layer, (B, S, any)."""
     reused: bool = False
@@ -38,6 +45,12 @@ class Routing:
     """What a gate that trains itself adds to the training loss, float32 scalar; None for all others."""
     fixed: bool = False
     """Whether the gate no longer learns whom to choose; a balance loss could then only spoil the weights."""
+
+    def density(self) -> Tensor:
+        """Executed pairs over all pairs of valid tokens, scalar float32 in [0, 1]; NaN for padding alone."""
+        tokens, num_experts = self.scores_TE.shape
+        valid = self.valid_T.sum() if self.valid_T is not None else torch.tensor(tokens)
+        return self.assignment.num_pairs / (valid.to(self.scores_TE.device, torch.float32) * num_experts)
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,8 @@ class Context:
     cutoff_C: Tensor | None = None
     """The cutoff to decide by; None is the running estimate. The model passes copies of this and of `bias_E`, taken
     before they are updated, because gradient checkpointing decides again afterwards."""
+    normaliser_E: Tensor | None = None
+    """The normaliser of the score's decode twin to decide by; None is the running estimate. Copied likewise."""
     bias_E: Tensor | None = None
     """The load-balancing bias to decide by; None is the current one."""
 

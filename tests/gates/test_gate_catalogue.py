@@ -35,6 +35,7 @@ SPECS = {
     "random": {"name": "random"},
     "recurrent": {"name": "recurrent", "state_size": 5},
     "recurrent_shared": {"name": "recurrent", "state_size": 5, "shared_projection": True, "shared_head": True},
+    "residual": {"name": "residual"},
     "stable": {"name": "stable", "freeze_after": 2, "dim": 5},
 }
 WITHOUT_PARAMETERS = {"hash", "random"}

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from crossways.errors import UserError
 from crossways.gates import gate_catalogue
 from crossways.models import CrosswaysForCausalLM, CrosswaysModel
+from crossways.perturb import DisableTop, perturbed, top_pairs
 from crossways.rules.score import score_catalogue
 from crossways.rules.select import selection_catalogue
 from crossways.sharing import sharing_catalogue
@@ -27,6 +28,16 @@ SELECTIONS = {
     "scheduled_top_k": {"name": "scheduled_top_k", "k": 1, "k_end": 4, "steps": 3},
     "threshold": {"name": "threshold", "k": 1.5},
     "threshold_fixed": {"name": "threshold", "value": 0.25},
+    "top_p": {"name": "top_p", "p": 0.4},
+    "top_p_capped": {"name": "top_p", "p": 0.8, "cap": 2},
+    "positive": {"name": "positive"},
+    "group_limited": {"name": "group_limited", "k": 2, "n_group": 2, "topk_group": 1},
+    "switch": {"name": "capacity", "k": 1, "factor": 0.8},
+    "gshard": {"name": "capacity", "k": 2, "factor": 0.8, "group": "batch", "normalize": True, "second": "random"},
+    "sinkhorn": {"name": "sinkhorn", "k": 2},
+    "sinkhorn_batch": {"name": "sinkhorn", "group": "batch"},
+    "base": {"name": "base"},
+    "base_batch": {"name": "base", "group": "batch"},
 }
 GATES = {
     "cosine": {"name": "cosine"},
@@ -45,6 +56,7 @@ GATES = {
     "noisy": {"name": "noisy", "zero_init": False},
     "random": {"name": "random"},
     "recurrent": {"name": "recurrent", "state_size": 6},
+    "residual": {"name": "residual"},
     "recurrent_shared": {"name": "recurrent", "state_size": 6, "shared_projection": True, "shared_head": True},
     "stable_stage_1": {"name": "stable", "freeze_after": 5, "dim": 6},
     "stable_stage_2": {"name": "stable", "freeze_after": 1, "dim": 6},
@@ -54,6 +66,50 @@ SHARINGS = {
     "decision": {"name": "decision", "size": 2},
     "unequal": {"name": "block", "size": [2, 1]},
     "unequal_decision": {"name": "decision", "size": [1, 2]},
+}
+SCORES = {
+    "softmax": "softmax",
+    "sigmoid": "sigmoid",
+    "relu": "relu",
+    "unified": "unified",
+    "unified_tokens": {"name": "unified", "alpha": 0.3, "expert_part": "softmax_over_tokens"},
+    "token_softmax": "token_softmax",
+    "token_softmax_batch": {"name": "token_softmax", "group": "batch"},
+}
+METHODS = {
+    "deepseek_v3": {
+        "score": "sigmoid",
+        "select": {"name": "group_limited", "k": 2, "n_group": 2, "topk_group": 1},
+        "renormalize": True,
+        "weight_scale": 2.5,
+        "bias_update_rate": 0.001,
+        "sequence_balance_coef": 0.0001,
+        "shared_expert_intermediate_size": 8,
+    },
+    "sigma_moe": {"score": "sigmoid", "expert_dropout": 0.05, "entropy_coef": 0.001, "expert_activation": "relu"},
+    "remoe": {"score": "relu", "select": "positive", "sparsity_budget": 2},
+    "moe_plus_plus": {
+        "zero_experts": 1,
+        "copy_experts": 1,
+        "constant_experts": 2,
+        "gate": "residual",
+        "load_balance_coef": 0.01,
+        "zero_computation_balance": 0.75,
+    },
+    "moe_plus_plus_cartesian": {"copy_experts": 1, "constant_experts": 1, "layer": "cartesian", "gate": "residual"},
+    "base_layer": {"score": "sigmoid", "select": "base"},
+    "sinkhorn_top1": {"score": "sigmoid", "select": {"name": "sinkhorn", "group": "batch"}},
+    "shazeer_importance": {"renormalize": True, "importance_coef": 0.1},
+    "stacked_control": {"layer": "cartesian", "router_input": "layer"},
+    "causal_token_softmax": {"score": "token_softmax", "causal_routing": True},
+    "usmoe_tokens": {
+        "score": {"name": "unified", "expert_part": "softmax_over_tokens"},
+        "select": {"name": "top_c", "k": 1.5},
+    },
+    **{
+        f"activation_{name}": {"expert_activation": name, "shared_expert_intermediate_size": 5}
+        for name in ("swiglu", "geglu", "reglu", "silu", "gelu", "relu")
+    },
 }
 KINDS = {
     "moe": {},
@@ -72,7 +128,7 @@ KINDS = {
         "score": "unified",
         "select": {"name": "top_c", "k": 1.5},
     },
-    **{f"score_{name}": {"score": name} for name in ("sigmoid", "softmax", "unified")},
+    **{f"score_{name}": {"score": spec} for name, spec in SCORES.items()},
     **{f"select_{name}": {"select": spec} for name, spec in SELECTIONS.items()},
     # Three layers in blocks of two and one, so that shared gates, a second layer and a fresh start all occur.
     **{
@@ -82,6 +138,7 @@ KINDS = {
     **{f"sharing_{name}": {"sharing": spec, "num_hidden_layers": 3} for name, spec in SHARINGS.items()},
     "cartesian_decision": {"layer": "cartesian", "num_hidden_layers": 3, "sharing": {"name": "decision", "size": 2}},
     "cartesian_recurrent": {"layer": "cartesian", "sharing": "all", "gate": {"name": "recurrent", "state_size": 6}},
+    **METHODS,
 }
 
 
@@ -93,7 +150,8 @@ def equal_states(one, other):
 
 
 def test_every_rule_is_among_the_kinds_tested():
-    assert set(score_catalogue()) == {"sigmoid", "softmax", "unified"}
+    names = {spec if isinstance(spec, str) else spec["name"] for spec in SCORES.values()}
+    assert set(score_catalogue()) == names
     assert set(selection_catalogue()) == {spec["name"] for spec in SELECTIONS.values()}
     assert set(gate_catalogue()) == {spec["name"] for spec in GATES.values()}
     tested = [fields.get("sharing", "layer") for fields in KINDS.values()]
@@ -169,13 +227,13 @@ def test_a_dense_model_has_no_routers(tiny_model, tokens):
     assert torch.equal(output.loss, output.lm_loss)
 
 
-ROUTED = [kind for kind in KINDS if kind.startswith(("select_", "gate_", "sharing_", "cartesian_decision"))]
+ROUTED = [kind for kind in KINDS if kind.startswith(("select_", "score_", "gate_", "sharing_", "cartesian_decision"))]
 
 
-@pytest.mark.parametrize("kind", ROUTED)
+@pytest.mark.parametrize("kind", [*ROUTED, *METHODS])
 @pytest.mark.parametrize("padded", [False, True])
 def test_generation_with_a_cache_equals_a_full_causal_pass(tiny_model, tokens, kind, padded):
-    model = tiny_model(shared_expert_intermediate_size=5, **KINDS[kind])
+    model = tiny_model(**{"shared_expert_intermediate_size": 5, **KINDS[kind]})
     ids_BS, mask_BS = tokens
     mask_BS = mask_BS if padded else torch.ones_like(mask_BS)
     output = model.generate(
@@ -257,6 +315,7 @@ def test_padding_changes_no_valid_logit(tiny_model, tokens, layer):
 @pytest.mark.parametrize(
     "kind",
     ["all_three", "select_threshold", "cartesian_2", "select_top_k", "select_scheduled_top_k", "cartesian_decision"]
+    + ["select_gshard", "score_token_softmax", *METHODS]
     + [kind for kind in KINDS if kind.startswith(("gate_", "sharing_"))],
 )
 def test_gradient_checkpointing_changes_nothing(tiny_model, tokens, kind):
@@ -266,11 +325,11 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, tokens, kind):
         model = tiny_model(**fields).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        torch.manual_seed(1)  # for the noisy gate
+        torch.manual_seed(1)  # some methods sample in training
         for _ in range(2):  # the second step starts from a moved cutoff
             loss = model(tokens[0], attention_mask=tokens[1], labels=tokens[0], use_cache=False).loss
             loss.backward()
-        cutoffs = [router.cutoff.clone() for router in model.model.routers if router.has_cutoff]
+        cutoffs = [buffer.clone() for router in model.model.routers for buffer in router.buffers()]
         results.append((loss, [p.grad for p in model.parameters()], cutoffs))
     (loss, gradients, cutoffs), (loss_c, gradients_c, cutoffs_c) = results
     assert torch.equal(loss, loss_c)
@@ -297,7 +356,7 @@ NO_GRADIENT = {"gate_stable_stage_2": ("words_VR", "centroids_ER")}
 @pytest.mark.parametrize(
     "kind",
     ["block", "cartesian_2", "all_three", "select_expert_choice", "score_sigmoid", "cartesian_decision"]
-    + [kind for kind in KINDS if kind.startswith(("gate_", "sharing_"))],
+    + [kind for kind in KINDS if kind.startswith(("gate_", "sharing_")) or kind in METHODS],
 )
 def test_gradients_reach_every_parameter_that_learns(tiny_model, tokens, kind):
     # A recurrent gate that only one layer asks has no state to weigh, so its state weights would learn nothing.
@@ -305,13 +364,16 @@ def test_gradients_reach_every_parameter_that_learns(tiny_model, tokens, kind):
     if kind == "gate_low_rank":  # from zero, its second factor would get no gradient in the first step
         for gate in model.model.gates:
             torch.nn.init.normal_(gate.up_LER)
+    plan = model.config.gate_plan
+    first_gates = tuple(f"model.gates.{g}." for g in plan[0] if not any(g in later for later in plan[1:]))
     model(tokens[0], labels=tokens[0]).loss.backward()
     for name, parameter in model.named_parameters():
         if name.endswith(NO_GRADIENT.get(kind, ())) and kind in NO_GRADIENT:
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None, name
-            assert parameter.grad.any(), name
+            learns = not (name.endswith(".residual") and name.startswith(first_gates))  # nothing stands before it
+            assert parameter.grad.any() == learns, name
 
 
 @pytest.mark.parametrize(
@@ -342,6 +404,18 @@ def test_autocast_trains(tiny_model, tokens):
     assert output.loss.isfinite()
     assert all(routing.scores_TE.dtype == torch.float32 for routing in output.routings)
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [*METHODS, *(f"select_{name}" for name in SELECTIONS)])
+def test_disabling_the_top_expert_works_with_every_rule(tiny_model, tokens, kind):
+    model = tiny_model(**KINDS[kind])
+    usual = model(tokens[0], attention_mask=tokens[1], output_routings=True).routings[0]
+    with perturbed(model, DisableTop(1)):
+        output = model(tokens[0], attention_mask=tokens[1], output_routings=True)
+    disturbed_TE = output.routings[0].assignment.to_mask()
+    assert not (disturbed_TE & top_pairs(usual.assignment, 1)).any()
+    assert not disturbed_TE[~tokens[1].bool().flatten()].any()
+    assert output.logits.isfinite().all()
 
 
 def test_hidden_states_and_attentions(tiny_model, tokens):

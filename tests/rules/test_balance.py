@@ -9,7 +9,14 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from crossways.assignment import Assignment
-from crossways.rules.balance import load_balance_loss, router_z_loss
+from crossways.rules.balance import (
+    entropy_loss,
+    importance_loss,
+    load_balance_loss,
+    router_z_loss,
+    sequence_balance_loss,
+    sparsity_loss,
+)
 from crossways.rules.select import TopC, TopK
 
 
@@ -91,3 +98,104 @@ def test_losses_are_float32_on_raw_logits():
     assert router_z_loss(logits_TE).dtype == torch.float32
     shifted = router_z_loss(logits_TE.float() + 3.0)  # a loss on scores would not see the shift
     assert shifted > router_z_loss(logits_TE.float())
+
+
+def assignment_of(weights_TE):
+    weights_TE = torch.tensor(weights_TE)
+    return Assignment.from_mask(weights_TE > 0, weights_TE)
+
+
+def test_weighted_load_balance_by_hand():
+    # P = (1/2, 1/2), f = (2/3, 1/3); the second expert's term counts 0.75
+    logits_TE = torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)]])
+    chosen = assignment_of([[1.0, 1.0], [1.0, 0.0]])
+    loss = load_balance_loss(logits_TE, chosen, share_E=torch.tensor([1.0, 0.75]))
+    assert loss.item() == pytest.approx(2 * (1 / 3 + 0.75 / 6))
+
+
+def test_sequence_balance_by_hand():
+    # Row 1: scores (0.6, 0.2) and (0.1, 0.3) scaled to (3/4, 1/4) and (1/4, 3/4): P = (1/2, 1/2), both on expert 0.
+    # Row 2: (1, 0) scaled, one padding token: P = (1, 0), f = (1, 0), loss 2.
+    scores_TE = torch.tensor([[0.6, 0.2], [0.1, 0.3], [0.5, 0.0], [9.0, 9.0]])
+    chosen = assignment_of([[0.6, 0.0], [0.1, 0.0], [0.5, 0.0], [0.0, 0.0]])
+    valid_T = torch.tensor([True, True, True, False])
+    loss = sequence_balance_loss(scores_TE, chosen, 2, valid_T)
+    assert loss.item() == pytest.approx((2 * 1 / 2 + 2 * 1) / 2)
+
+
+def test_sequence_balance_sees_what_the_batch_hides():
+    scores_TE = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    chosen = assignment_of([[1.0, 0.0], [0.0, 1.0]])
+    assert sequence_balance_loss(scores_TE, chosen, 1).item() == pytest.approx(1.0)
+    assert sequence_balance_loss(scores_TE, chosen, 2).item() == pytest.approx(2.0)
+
+
+def test_importance_by_hand():
+    # importance (3, 1), mean 2, variance 1: CV^2 = 1/4
+    assert importance_loss(assignment_of([[1.0, 0.0], [2.0, 1.0]])).item() == pytest.approx(0.25)
+    assert importance_loss(assignment_of([[0.5, 0.5]])).item() == 0
+    assert importance_loss(assignment_of([[2.0, 0.0, 0.0, 0.0]])).item() == pytest.approx(3.0)
+
+
+def test_entropy_by_hand():
+    # mean of (3/4, 1/4) and (1/4, 3/4) is even: -log 2; alone, (3/4, 1/4)
+    logits_TE = torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)]])
+    assert entropy_loss(logits_TE).item() == pytest.approx(-math.log(2))
+    alone = entropy_loss(logits_TE, torch.tensor([True, False])).item()
+    assert alone == pytest.approx(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert entropy_loss(torch.tensor([[1e4, 0.0]])).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_sparsity_by_hand():
+    # k = 1, T = 2, E = 2: f = E load / (k T) = (2, 1); means (1.5, 0.5): 2 * 1.5 + 0.5
+    scores_TE = torch.tensor([[1.0, 0.0], [2.0, 1.0]])
+    assert sparsity_loss(scores_TE, assignment_of(scores_TE.tolist()), 1.0).item() == pytest.approx(3.5)
+    # perfect balance at the budget: f = 1, so the plain L1 norm per token
+    scores_TE = torch.tensor([[0.4, 0.0], [0.0, 0.7]])
+    assert sparsity_loss(scores_TE, assignment_of(scores_TE.tolist()), 1.0).item() == pytest.approx(1.1 / 2)
+    padded = sparsity_loss(
+        torch.cat([scores_TE, torch.ones(1, 2)]),
+        assignment_of([[0.4, 0.0], [0.0, 0.7], [0.0, 0.0]]),
+        1.0,
+        torch.tensor([True, True, False]),
+    )
+    assert padded.item() == pytest.approx(1.1 / 2)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_gradients_of_every_loss_are_finite_and_spare_padding(padding):
+    torch.manual_seed(0)
+    logits_TE = torch.randn(6, 3, requires_grad=True)
+    valid_T = torch.tensor([True, True, False, True, False, False]) if padding else None
+    scores_TE = logits_TE.relu() if not padding else logits_TE.sigmoid()
+    allowed_BSE = None if valid_T is None else valid_T[None, :, None].expand(1, 6, 3)
+    chosen = TopK(2)(scores_TE[None], scores_TE[None], allowed_BSE)
+    losses = (
+        sequence_balance_loss(scores_TE, chosen, 2, valid_T),
+        importance_loss(chosen),
+        entropy_loss(logits_TE, valid_T),
+        sparsity_loss(scores_TE, chosen, 1.0, valid_T),
+    )
+    for loss in losses:
+        logits_TE.grad = None
+        loss.backward(retain_graph=True)
+        assert loss.dtype == torch.float32
+        assert logits_TE.grad.isfinite().all()
+        assert logits_TE.grad.any()
+        if padding:
+            assert not logits_TE.grad[~valid_T].any()
+
+
+def test_nothing_but_padding_costs_nothing_under_any_loss():
+    scores_TE = torch.rand(4, 2, requires_grad=True)
+    nobody = Assignment.from_mask(torch.zeros(4, 2, dtype=torch.bool), scores_TE)
+    none_T = torch.zeros(4, dtype=torch.bool)
+    total = (
+        sequence_balance_loss(scores_TE, nobody, 2, none_T)
+        + importance_loss(nobody)
+        + entropy_loss(scores_TE, none_T)
+        + sparsity_loss(scores_TE, nobody, 1.0, none_T)
+    )
+    total.backward()
+    assert total == 0
+    assert not scores_TE.grad.any()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from crossways.errors import UserError
 from crossways.rules.probe import Properties, check_score, probe_score
-from crossways.rules.score import Sigmoid, Softmax, Unified, build_score, score_catalogue
+from crossways.rules.score import Relu, Sigmoid, Softmax, Unified, build_score, score_catalogue
 
 LOG2, LOG3 = math.log(2), math.log(3)
 LOGITS_BSE = torch.tensor([[[0.0, LOG2, LOG3, 0.0]]])
@@ -20,6 +20,10 @@ LOGITS_BSE = torch.tensor([[[0.0, LOG2, LOG3, 0.0]]])
 def test_softmax_by_hand():
     # e^s = 1, 2, 3, 1, sum 7
     torch.testing.assert_close(Softmax()(LOGITS_BSE)[0, 0], torch.tensor([1, 2, 3, 1]) / 7)
+
+
+def test_relu_by_hand():
+    assert Relu()(torch.tensor([[[-1.0, 0.0, 2.5]]])).tolist() == [[[0.0, 0.0, 2.5]]]
 
 
 def test_sigmoid_by_hand():
@@ -51,12 +55,12 @@ def test_alpha_outside_the_unit_interval_is_refused(alpha):
 def test_declared_properties_hold(name):
     rule = build_score(name)
     check_score(rule)
-    assert probe_score(rule) == Properties(rule.causal, rule.batch_invariant)
+    assert probe_score(rule) == Properties(rule.causal, rule.batch_invariant, padding_inert=True)
 
 
 def test_the_probe_finds_a_score_that_looks_around():
     class OverTokens(Softmax):  # no name of its own, so that no catalogue lists it
-        def __call__(self, logits_BSE):
+        def __call__(self, logits_BSE, valid_BS=None):
             return logits_BSE.softmax(1)
 
     with pytest.raises(ValueError, match="causal is declared True but observed False"):
@@ -65,7 +69,7 @@ def test_the_probe_finds_a_score_that_looks_around():
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(
-    st.sampled_from([Softmax(), Sigmoid(), Unified(0.5), Unified(0.0)]),
+    st.sampled_from([Softmax(), Sigmoid(), Relu(), Unified(0.5), Unified(0.0)]),
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=6),
 )
 def test_scores_are_finite_non_negative_and_keep_the_order(rule, values):

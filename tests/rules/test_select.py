@@ -15,11 +15,17 @@ from crossways.errors import UserError
 from crossways.rules.probe import Probe, check_selection, probe_selection
 from crossways.rules.score import Softmax, Unified
 from crossways.rules.select import (
+    Base,
+    Capacity,
     ExpertChoice,
+    GroupLimited,
+    Positive,
     ScheduledTopK,
+    Sinkhorn,
     Threshold,
     TopC,
     TopK,
+    TopP,
     build_selection,
     selection_catalogue,
 )
@@ -42,6 +48,19 @@ RULES = [
     ScheduledTopK(k=2, k_end=4, steps=10),
     Threshold(value=0.3),
     Threshold(value=torch.tensor([0.1, 0.2, 0.3, 0.4])),
+    TopP(0.4),
+    TopP(0.9, cap=2),
+    TopP(0.9, cap=1),
+    Positive(),
+    GroupLimited(2, n_group=2, topk_group=1),
+    GroupLimited(1, n_group=4, topk_group=2, group_score="max"),
+    Capacity(),
+    Capacity(factor=1.0, group="batch"),
+    *(Capacity(2, 0.6, group, order) for group in ("sequence", "batch") for order in ("position", "score")),
+    Capacity(2, 1.0, normalize=True, second="random"),
+    Capacity(2, None),
+    *(Sinkhorn(k, group) for k in (1, 2) for group in ("sequence", "batch")),
+    *(Base(group) for group in ("sequence", "batch")),
 ]
 
 
@@ -189,6 +208,14 @@ def test_the_decode_twin_is_causal_and_batch_invariant(rule):
         assert twin is rule
 
 
+def test_the_probe_sees_what_the_number_of_later_tokens_does():
+    class Hopeful(Capacity):
+        causal = True
+
+    with pytest.raises(ValueError, match="causal is declared True but observed False"):
+        check_selection(Hopeful(1, 1.0))
+
+
 def test_the_probe_finds_false_claims():
     class Careless(TopC):
         causal = True
@@ -259,6 +286,32 @@ def test_the_cutoff_of_padding_alone_is_unknown():
         ({"name": "threshold", "k": 9}, 4),
         ({"name": "threshold", "value": "high"}, 4),
         ({"name": "threshold", "value": math.nan}, 4),
+        ({"name": "top_p", "p": 0}, 4),
+        ({"name": "top_p", "p": 1.01}, 4),
+        ({"name": "top_p", "p": math.nan}, 4),
+        ({"name": "top_p", "p": 0.4, "cap": 0}, 4),
+        ({"name": "top_p", "p": 0.4, "cap": 5}, 4),
+        ({"name": "top_p"}, 4),
+        ({"name": "group_limited", "k": 2, "n_group": 3}, 4),
+        ({"name": "group_limited", "k": 2, "n_group": 4, "topk_group": 2}, 4),  # groups of one have no two best
+        ({"name": "group_limited", "k": 3, "n_group": 2, "topk_group": 1}, 4),
+        ({"name": "group_limited", "k": 2, "n_group": 2, "topk_group": 3}, 4),
+        ({"name": "group_limited", "k": 2, "n_group": 2, "topk_group": 1, "group_score": "mean"}, 4),
+        ({"name": "capacity", "k": 5}, 4),
+        ({"name": "capacity", "k": 0.5}, 4),
+        ({"name": "capacity", "factor": 0}, 4),
+        ({"name": "capacity", "factor": math.inf}, 4),
+        ({"name": "capacity", "factor": math.nan}, 4),
+        ({"name": "capacity", "order": "random"}, 4),
+        ({"name": "capacity", "group": "position"}, 4),
+        ({"name": "capacity", "second": "never"}, 4),
+        ({"name": "sinkhorn", "k": 9}, 4),
+        ({"name": "sinkhorn", "tolerance": 0}, 4),
+        ({"name": "sinkhorn", "max_iterations": 0}, 4),
+        ({"name": "sinkhorn", "group": "position"}, 4),
+        ({"name": "base", "group": "position"}, 4),
+        ({"name": "base", "k": 2}, 4),
+        ({"name": "positive", "k": 2}, 4),
         ({"name": "topk", "k": 1}, 4),
         ({"name": "top_k"}, 4),
         ({"k": 2}, 4),

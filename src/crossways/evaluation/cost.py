@@ -23,7 +23,7 @@ from crossways.experts.module import Experts
 from crossways.gates import Gate
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.rules.registry import describe
-from crossways.rules.select import ScheduledTopK, Threshold, build_selection
+from crossways.rules.select import Threshold, build_selection
 from crossways.sharing import build_sharing
 
 
@@ -53,18 +53,22 @@ def mean_budget(config: CrosswaysConfig) -> float:
     """Experts per token and router that the configured selection spends on average, k; may be fractional. Of a
     scheduled one, what it arrives at, so operations counted with it are those of the last training step.
 
+    A capacity is counted as if nobody were dropped. Zero-computation experts are counted as chosen like all others.
+
     Raises:
-        UserError: for a threshold with a fixed value, whose budget depends on the text.
+        UserError: for a selection whose budget depends on the text: a threshold with a fixed value, top-p, and
+            `positive` unless `sparsity_budget` says what it is trained to spend.
     """
     selection = build_selection(config.select or "top_k")
-    if isinstance(selection, Threshold) and selection.value is not None:
+    fixed = isinstance(selection, Threshold) and selection.value is not None
+    budget = getattr(selection, "k_end", None) or getattr(selection, "k", None) or config.sparsity_budget
+    if fixed or not budget:
         raise UserError(
             f"the budget of {describe(selection)} depends on the text, so its active parameters and FLOPs cannot be "
-            "counted; leave out `value` and give the budget `k`"
+            "counted; use a selection with a budget `k` (a threshold without `value`), or for `positive` a "
+            "`sparsity_budget`"
         )
-    if isinstance(selection, ScheduledTopK):
-        return float(selection.k_end)
-    return float(selection.k)  # type: ignore[attr-defined]
+    return float(budget)
 
 
 def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
@@ -76,7 +80,7 @@ def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
     model = build_on_meta(config)
     total = _size(model)
     experts = sum(_size(module) for module in model.modules() if isinstance(module, Experts))
-    used = mean_budget(config) / config.num_experts if experts else 0.0
+    used = mean_budget(config) / config.router_size if experts else 0.0
     active = total - experts + round(experts * used)
     embedding = len({id(p): p for p in (model.model.embed_tokens.weight, model.lm_head.weight)})
     embedding *= config.vocab_size * config.hidden_size
@@ -92,7 +96,7 @@ def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
 def forward_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> float:
     """Matrix-product operations per token of a forward pass over windows of S tokens, without the loss."""
     model = build_on_meta(config)
-    experts_used = mean_budget(config) / config.num_experts if config.moe_layers else 0.0
+    experts_used = mean_budget(config) / config.router_size if config.moe_layers else 0.0
     weights = 0.0
     gates = set(model.model.gates.modules())
     for module in model.modules():

@@ -147,9 +147,9 @@ def leak_reason(config: CrosswaysConfig) -> str:
     """Why the rule's perplexity flatters, in words; empty for a causal, batch-invariant rule or a dense model."""
     if not config.moe_layers or config.causal_routing:
         return ""
-    rule = _selection(config)
-    reasons = [] if rule.causal else ["a token's experts depend on later tokens"]
-    if not rule.batch_invariant:
+    rules = _selection(config), build_score(config.score)
+    reasons = [] if all(rule.causal for rule in rules) else ["a token's experts depend on later tokens"]
+    if not all(rule.batch_invariant for rule in rules):
         reasons.append("a token's experts depend on other rows of the batch")
     return "; ".join(reasons)
 

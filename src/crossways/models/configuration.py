@@ -32,6 +32,7 @@ AUTO_MAP = {
 }
 LAYER_KINDS = ("moe", "cartesian")
 SKIPS = ("factor", "input")
+ROUTER_INPUTS = ("factor", "layer")
 
 C = TypeVar("C", bound=type)
 
@@ -75,28 +76,57 @@ class CrosswaysConfig(LlamaConfig):
     """Sub-layers of a `cartesian` layer, each with its own router and experts; 2 in the paper, 1 equals `moe`."""
     cartesian_skip: str = "factor"
     """Where a Cartesian layer's last residual starts: the previous `factor`'s output, or the layer's `input`."""
+    router_input: str = "factor"
+    """What the routers of a `cartesian` layer read: what the previous `factor` wrote, as in the paper, or all of them
+    the `layer`'s input (the control without composition of choices)."""
     num_experts: int = 16
     """Routed experts per router (per factor in a Cartesian layer); customary 8 to 256."""
     moe_intermediate_size: int = 1024
     """Width F of a routed expert; fine-grained experts have a fraction of the dense width."""
     shared_expert_intermediate_size: int = 0
     """Width of the shared expert (of each factor in a Cartesian layer); 0 for none. Any width is allowed."""
+    zero_experts: int = 0
+    """Experts that return nothing, beside the `num_experts` (MoE++); 0 for none, 1 in the paper."""
+    copy_experts: int = 0
+    """Experts that return their input (MoE++); 0 for none, 1 in the paper."""
+    constant_experts: int = 0
+    """Experts that blend their input with a learnt vector (MoE++); 0 for none, 1 to 6 in the paper."""
     expert_activation: str = "swiglu"
     """Activation of routed and shared experts: swiglu, geglu, reglu, silu, gelu or relu."""
     gate: str | dict[str, Any] = "linear"
     """What maps hidden states to logits: `linear`, `random` (frozen), `cosine` (X-MoE), `low_rank` and `recurrent`
     (which make the most of a shared gate), `hash` (of token ids), `noisy`, or `stable` (distilled, then frozen)."""
     score: str | dict[str, Any] = "softmax"
-    """Score rule, e.g. `softmax`, `sigmoid` or `{"name": "unified", "alpha": 0.5}`."""
+    """Score rule, e.g. `softmax`, `sigmoid`, `relu` or `{"name": "unified", "alpha": 0.5}`."""
     select: str | dict[str, Any] | None = None
     """Selection rule, e.g. `{"name": "top_c", "k": 2, "group": "sequence"}`; by default token choice with k = 2."""
     renormalize: bool = False
     """Scale each token's chosen weights to sum to one (as Mixtral does; OLMoE and USMoE do not)."""
+    weight_scale: float | int = 1.0
+    """Factor on all weights, after renormalising (DeepSeek's `routed_scaling_factor`); 1 is off, 2.5 in V3."""
+    expert_dropout: float | int = 0.0
+    """Probability that a token may not choose an expert in a training step (sigma-MoE); 0 is off, 0.05 there."""
     sharing: str | dict[str, Any] = "layer"
     """Which layers share a gate: `layer` (each its own), `{"name": "block", "size": 4}` (PathMoE; `size` may be a
     list), `all`, or `{"name": "decision", "size": 8}` (a block decides once)."""
     load_balance_coef: float | int = 0.0
     """Weight of the load-balance loss, summed over routers; 0 is off, customary 0.001 to 0.01."""
+    zero_computation_balance: float | int = 1.0
+    """Weight tau of zero, copy and constant experts within the load-balance loss, 0 to 1: a lower one sends them more
+    tokens; 0.75 in MoE++."""
+    sequence_balance_coef: float | int = 0.0
+    """Weight of the balance loss within each sequence, summed over routers; 0 is off, 0.0001 in DeepSeek-V3."""
+    importance_coef: float | int = 0.0
+    """Weight of the squared variation of summed weights, summed over routers (Shazeer 2017); 0 is off, 0.1 there."""
+    entropy_coef: float | int = 0.0
+    """Weight of the negative entropy of the mean softmax, summed over routers (sigma-MoE); 0 is off, else 0.001."""
+    sparsity_budget: float | int = 0.0
+    """Mean experts per token that an adaptive L1 penalty on the scores aims at (ReMoE, for score `relu` and selection
+    `positive`); 0 is off, else above 0 and below the number of experts."""
+    sparsity_coef_start: float | int = 1e-8
+    """First weight of that penalty, above 0; 1e-8 in the paper, which reaches the target after about 100 steps."""
+    sparsity_coef_growth: float | int = 1.2
+    """Factor by which each training step raises or lowers that weight, above 1; 1.2 in the paper."""
     router_z_loss_coef: float | int = 0.0
     """Weight of the router z-loss, summed over routers; 0 is off, customary 0.001."""
     gate_loss_coef: float | int = 1.0
@@ -105,7 +135,7 @@ class CrosswaysConfig(LlamaConfig):
     """Step of loss-free balancing: a bias, added to scores for choosing only, moves against each expert's excess load
     in training (DeepSeek-V3); 0 is off, 0.001 customary. Meant for top-k with sigmoid scores."""
     cutoff_momentum: float | int = 0.99
-    """Share of the old estimate kept when a router updates its decode twin's threshold; 0.9 to 0.999."""
+    """Share of the old estimate kept when a router updates its decode twin's threshold or normaliser; 0.9 to 1."""
     causal_routing: bool = False
     """Route plain forward passes by the decode twin too, as `generate` always does."""
     experts_backend: str = "auto"
@@ -130,11 +160,16 @@ class CrosswaysConfig(LlamaConfig):
             raise UserError(f"layer must be one of {LAYER_KINDS}, got {self.layer!r}")
         if self.cartesian_skip not in SKIPS:
             raise UserError(f"cartesian_skip must be one of {SKIPS}, got {self.cartesian_skip!r}")
+        if self.router_input not in ROUTER_INPUTS:
+            raise UserError(f"router_input must be one of {ROUTER_INPUTS}, got {self.router_input!r}")
         for field, least in (
             ("num_factors", 1),
             ("num_experts", 1),
             ("moe_intermediate_size", 1),
             ("shared_expert_intermediate_size", 0),
+            ("zero_experts", 0),
+            ("copy_experts", 0),
+            ("constant_experts", 0),
         ):
             if getattr(self, field) < least:
                 raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
@@ -144,14 +179,23 @@ class CrosswaysConfig(LlamaConfig):
             ("gate_loss_coef", math.inf),
             ("cutoff_momentum", 1),
             ("bias_update_rate", math.inf),
+            ("expert_dropout", 0.999),
+            ("zero_computation_balance", 1),
+            ("sequence_balance_coef", math.inf),
+            ("importance_coef", math.inf),
+            ("entropy_coef", math.inf),
+            ("sparsity_budget", self.router_size),
         ):
             if not 0 <= getattr(self, field) <= most:
                 raise UserError(f"{field} must lie in [0, {most}], got {getattr(self, field)}")
+        for field, least in (("weight_scale", 0), ("sparsity_coef_start", 0), ("sparsity_coef_growth", 1)):
+            if not least < getattr(self, field) < math.inf:
+                raise UserError(f"{field} must be a number above {least}, got {getattr(self, field)}")
         Activation(self.expert_activation)
         build_score(self.score)
         select = build_selection(self.select or "top_k")
-        select.check(self.num_experts)
-        build_gate(self.gate).check(self.num_experts, select)
+        select.check(self.router_size)
+        build_gate(self.gate).check(self.router_size, select)
         sharing = build_sharing(self.sharing)
         if self.moe_layers:
             sharing.check(len(self.moe_layers))
@@ -173,6 +217,16 @@ class CrosswaysConfig(LlamaConfig):
     def moe_layers(self) -> list[int]:
         """Indices of the routed layers, in order."""
         return [i for i in range(self.num_hidden_layers) if self.moe_every and (i + 1) % self.moe_every == 0]
+
+    @property
+    def zero_computation_experts(self) -> int:
+        """Zero, copy and constant experts together."""
+        return self.zero_experts + self.copy_experts + self.constant_experts
+
+    @property
+    def router_size(self) -> int:
+        """Experts that a router chooses among: the feed-forward experts, then the zero-computation ones."""
+        return self.num_experts + self.zero_computation_experts
 
     @property
     def factors(self) -> int:

@@ -200,6 +200,12 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, "its gates have biases")
     if any(map(build_sharing(config.sharing).reuses_decision, range(len(config.moe_layers)))):
         raise _refused(family, "layers repeat the decision of the layer before")
+    if config.zero_computation_experts:
+        raise _refused(family, f"it has {config.zero_computation_experts} zero-computation experts")
+    if config.weight_scale != 1.0:
+        raise _refused(family, f"its weights are scaled by {config.weight_scale}")
+    if config.bias_update_rate and any(bool(router.bias.any()) for router in model.model.routers):
+        raise _refused(family, "its choices are biased by loss-free balancing")
     if config.mlp_bias:
         raise _refused(family, "its dense layers have biases")
     if any(router.perturbation is not None for router in model.model.routers):

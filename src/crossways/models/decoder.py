@@ -14,24 +14,37 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from crossways.experts.module import Experts
+from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.layers import CartesianMoE, FeedForward, MoE
 from crossways.models.configuration import CrosswaysConfig
-from crossways.router import Router
+from crossways.router import Router, Sparsity
 from crossways.routing import Context, Routing
 from crossways.rules.score import build_score
 from crossways.rules.select import build_selection
 
 
-def build_moe(config: CrosswaysConfig) -> MoE:
-    """One routed (sub-)layer with the configuration's experts and rules; its gate is given at call time."""
-    router = Router(
-        config.num_experts,
+def build_router(config: CrosswaysConfig) -> Router:
+    """A router with the configuration's rules, without a gate."""
+    sparsity = None
+    if config.sparsity_budget:
+        target = config.sparsity_budget / config.router_size
+        sparsity = Sparsity(target, config.sparsity_coef_start, config.sparsity_coef_growth)
+    return Router(
+        config.router_size,
         build_score(config.score),
         build_selection(config.select or "top_k"),
         renormalize=config.renormalize,
+        weight_scale=config.weight_scale,
         cutoff_momentum=config.cutoff_momentum,
         bias_update_rate=config.bias_update_rate,
+        expert_dropout=config.expert_dropout,
+        sparsity=sparsity,
     )
+
+
+def build_moe(config: CrosswaysConfig) -> MoE:
+    """One routed (sub-)layer with the configuration's experts and rules; its gate is given at call time."""
+    router = build_router(config)
     experts = Experts(
         config.num_experts,
         config.hidden_size,
@@ -41,7 +54,11 @@ def build_moe(config: CrosswaysConfig) -> MoE:
     )
     shared_width = config.shared_expert_intermediate_size
     shared = FeedForward(config.hidden_size, shared_width, config.expert_activation) if shared_width else None
-    return MoE(router, experts, shared)
+    cheap = None
+    if config.zero_computation_experts:
+        numbers = config.zero_experts, config.copy_experts, config.constant_experts
+        cheap = ZeroComputationExperts(config.hidden_size, *numbers)
+    return MoE(router, experts, shared, cheap)
 
 
 def build_routed_layer(config: CrosswaysConfig) -> MoE | CartesianMoE:
@@ -49,7 +66,8 @@ def build_routed_layer(config: CrosswaysConfig) -> MoE | CartesianMoE:
     if config.layer == "moe":
         return build_moe(config)
     norms = [LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(config.factors - 1)]
-    return CartesianMoE([build_moe(config) for _ in range(config.factors)], norms, config.cartesian_skip)  # type: ignore[arg-type]
+    factors = [build_moe(config) for _ in range(config.factors)]
+    return CartesianMoE(factors, norms, config.cartesian_skip, config.router_input)  # type: ignore[arg-type]
 
 
 class CrosswaysDecoderLayer(GradientCheckpointingLayer):

@@ -5,14 +5,25 @@ Legend: R routers, B batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from crossways.models.configuration import CrosswaysConfig
 from crossways.routing import Routing
-from crossways.rules.balance import load_balance_loss, router_z_loss
+from crossways.rules.balance import (
+    entropy_loss,
+    importance_loss,
+    load_balance_loss,
+    router_z_loss,
+    sequence_balance_loss,
+    sparsity_loss,
+)
+
+AUXILIARY_LOSSES = ("load_balance", "sequence_balance", "importance", "entropy", "router_z", "gate", "sparsity")
+"""Every name that `auxiliary_losses` may give."""
 
 
 def auxiliary_losses(
@@ -23,27 +34,54 @@ def auxiliary_losses(
     Summing over routers, not averaging, is Switch Transformers' form (arXiv 2101.03961, section 2.2: the loss is
     added for each layer); a Cartesian layer therefore adds one term per factor.
 
+    The sparsity loss of ReMoE has no fixed weight but the routers' own, and is averaged over routers as in its paper.
+
     Returns:
-        `{"load_balance": (R,), "router_z": (R,), "gate": (R,)}`, unweighted, only those with a coefficient and only
-        the routers that have one, and a scalar. Routers that repeat another's decision have none, those whose choice
-        is fixed no balance loss, and most gates no loss of their own.
+        Name to (R,), unweighted, only those in use and only the routers that have one, and a scalar. Routers that
+        repeat another's decision have none, those whose choice is fixed no balance loss, and most gates no loss of
+        their own.
     """
     routings = [routing for routing in routings if not routing.reused]
-    losses: dict[str, list[Tensor]] = {}
-    if config.load_balance_coef:
-        learning = [r for r in routings if not r.fixed]
-        losses["load_balance"] = [load_balance_loss(r.logits_TE, r.assignment, r.valid_T) for r in learning]
-    if config.router_z_loss_coef:
-        losses["router_z"] = [router_z_loss(r.logits_TE, r.valid_T) for r in routings]
-    if config.gate_loss_coef:
-        losses["gate"] = [r.gate_loss for r in routings if r.gate_loss is not None]
-    stacked = {name: torch.stack(values) for name, values in losses.items() if values}
-    coefs = {
-        "load_balance": config.load_balance_coef,
-        "router_z": config.router_z_loss_coef,
-        "gate": config.gate_loss_coef,
+    losses: dict[str, Tensor] = {}
+    total: Tensor | float = 0.0
+    for name, (coef, loss) in _terms(config).items():
+        having = [value for routing in routings if (value := loss(routing)) is not None] if coef else []
+        if having:
+            losses[name] = torch.stack(having)
+            total = total + coef * losses[name].sum()
+    if config.sparsity_budget and routings:
+        losses["sparsity"] = torch.stack(
+            [sparsity_loss(r.scores_TE, r.assignment, config.sparsity_budget, r.valid_T) for r in routings]
+        )
+        coef_R = torch.stack([cast(Tensor, r.sparsity_coef) for r in routings])
+        total = total + (coef_R * losses["sparsity"]).mean()
+    return losses, total
+
+
+def _terms(config: CrosswaysConfig) -> dict[str, tuple[float, Callable[[Routing], Tensor | None]]]:
+    """Coefficient and function of each loss with a fixed coefficient, by name."""
+
+    def load_balance(r: Routing) -> Tensor:
+        share_E = None
+        if config.zero_computation_experts:
+            share_E = torch.ones(config.router_size, device=r.logits_TE.device)
+            share_E[config.num_experts :] = config.zero_computation_balance
+        return load_balance_loss(r.logits_TE, r.assignment, r.valid_T, share_E)
+
+    def sequence_balance(r: Routing) -> Tensor:
+        return sequence_balance_loss(r.scores_TE, r.assignment, r.num_rows, r.valid_T)
+
+    def learning(loss: Callable[[Routing], Tensor]) -> Callable[[Routing], Tensor | None]:
+        return lambda r: None if r.fixed else loss(r)
+
+    return {
+        "load_balance": (config.load_balance_coef, learning(load_balance)),
+        "sequence_balance": (config.sequence_balance_coef, learning(sequence_balance)),
+        "importance": (config.importance_coef, learning(lambda r: importance_loss(r.assignment))),
+        "entropy": (config.entropy_coef, learning(lambda r: entropy_loss(r.logits_TE, r.valid_T))),
+        "router_z": (config.router_z_loss_coef, lambda r: router_z_loss(r.logits_TE, r.valid_T)),
+        "gate": (config.gate_loss_coef, lambda r: r.gate_loss),
     }
-    return stacked, sum(coefs[name] * loss_R.sum() for name, loss_R in stacked.items())
 
 
 def share_of_step(labels_BS: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:

@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from crossways.errors import UserError
 from crossways.experts.module import Experts
+from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.gates import Gate, build_gate
 from crossways.models.configuration import CrosswaysConfig
 from crossways.models.decoder import CrosswaysDecoderLayer
@@ -44,7 +45,7 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
     config_class = CrosswaysConfig
     config: CrosswaysConfig
     _no_split_modules = ["CrosswaysDecoderLayer"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["cutoff", "router.bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["cutoff", "normaliser", "router.bias", "sparsity_coef"]  # noqa: RUF012
     _can_compile_fullgraph = False  # ragged assignments have data-dependent shapes
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": CrosswaysDecoderLayer,
@@ -54,7 +55,7 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Experts):
+        if isinstance(module, Experts | ZeroComputationExperts):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Gate):
@@ -63,7 +64,7 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
             init.zeros_(module.training_passes)
         elif isinstance(module, Router):
             for name, buffer in module.named_buffers(recurse=False):
-                init.constant_(buffer, torch.nan if name == "cutoff" else 0.0)
+                init.constant_(buffer, module.initial(name))
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
@@ -99,7 +100,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         gate = build_gate(config.gate)
         users = build_sharing(config.sharing).deciding(len(config.moe_layers))
         self.gates = nn.ModuleList(
-            gate.build(config.hidden_size, config.num_experts, num_layers, config.vocab_size)
+            gate.build(config.hidden_size, config.router_size, num_layers, config.vocab_size)
             for num_layers in users
             for _ in range(config.factors)
         )
@@ -134,6 +135,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
                     step=step,
                     reuse=sharing.reuses_decision(position),
                     cutoff_C=router.snapshot("cutoff"),
+                    normaliser_E=router.snapshot("normaliser"),
                     bias_E=router.snapshot("bias"),
                 )
                 for gate, router in zip(gates, routers, strict=True)
@@ -202,13 +204,19 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
             )
             routings, previous = routings + decided, decided or previous
         if self.training and torch.is_grad_enabled():  # sampling from a model in training mode teaches it nothing
-            for router, routing in zip(self.routers, routings, strict=True):
-                router.observe(routing)
-            if self.config.scheduled:
-                self.training_passes += 1
+            self._observe(routings)
         return RoutedModelOutput(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, routings=routings
         )
+
+    def _observe(self, routings: tuple[Routing, ...]) -> None:
+        """Let the routers learn what is not learnt by gradients."""
+        decided = [routing.density() for routing in routings if not routing.reused]
+        density = torch.stack(decided).mean() if decided and self.config.sparsity_budget else None
+        for router, routing in zip(self.routers, routings, strict=True):
+            router.observe(routing, density)
+        if self.config.scheduled:
+            self.training_passes += 1
 
 
 class CrosswaysForCausalLM(CrosswaysPreTrainedModel, GenerationMixin):

@@ -1,7 +1,8 @@
 """Black-box probes of a rule's declared properties, for the rules of this package and for those added to it.
 
-A probe knows nothing of a rule but its call: it edits later tokens, other rows and padding, and looks at whether
-decisions that must not change do. What it observes on random inputs refutes a claim with certainty and supports it
+A probe knows nothing of a rule but its call: it edits and removes later tokens, other rows and padding, and looks at
+whether decisions that must not change do. Removing matters: a capacity that grows with the text looks at no later
+token, but at how many there are. What it observes on random inputs refutes a claim with certainty and supports it
 with many trials; `check_selection` and `check_score` compare it with what the rule declares, in both directions, so a
 rule that is needlessly declared unsafe is found too.
 
@@ -26,11 +27,11 @@ class Properties:
     """What held in every trial; None where it does not apply to the kind of rule."""
 
     causal: bool
-    """Editing later tokens never changed an earlier token."""
+    """Editing or removing later tokens never changed an earlier token."""
     batch_invariant: bool
     """Editing, removing or adding other rows never changed a row."""
     exact_budget: bool | None = None
-    """The number of chosen pairs never depended on the content of the scores."""
+    """The number of chosen pairs never depended on the content of the scores, zeros among them included."""
     padding_inert: bool | None = None
     """Padding never chose anybody, and neither its content nor its amount changed a valid token."""
 
@@ -75,10 +76,14 @@ def probe_selection(rule: Selection, probe: Probe | None = None) -> Properties:
         mixed_BSE = torch.where(valid_BS[..., None], scores_BSE, other_BSE)
         wide_BSE, wide_BS = _padded(scores_BSE, valid_BS)
         unpadded_BSE = _choose(rule, wide_BSE, wide_BS)[: probe.batch, : probe.sequence]
+        prefix_BSE = _choose(rule, scores_BSE[:, :cut], valid_BS[:, :cut])
+        held["causal"] &= torch.equal(prefix_BSE, chosen_BSE[:, :cut])
         held["causal"] &= torch.equal(_choose(rule, later_BSE, valid_BS)[:, :cut], chosen_BSE[:, :cut])
         held["batch_invariant"] &= torch.equal(_choose(rule, others_BSE, valid_BS)[0], chosen_BSE[0])
         held["batch_invariant"] &= torch.equal(_choose(rule, scores_BSE[:1], valid_BS[:1])[0], chosen_BSE[0])
-        held["exact_budget"] &= bool(_choose(rule, other_BSE, valid_BS).count_nonzero() == chosen_BSE.count_nonzero())
+        for content_BSE in (other_BSE, logits_BSE.relu()):
+            count = _choose(rule, content_BSE, valid_BS).count_nonzero()
+            held["exact_budget"] &= bool(count == chosen_BSE.count_nonzero())
         held["padding_inert"] &= not chosen_BSE[~valid_BS].any()
         held["padding_inert"] &= torch.equal(_choose(rule, mixed_BSE, valid_BS), chosen_BSE)
         held["padding_inert"] &= torch.equal(unpadded_BSE, chosen_BSE)
@@ -86,17 +91,25 @@ def probe_selection(rule: Selection, probe: Probe | None = None) -> Properties:
 
 
 def probe_score(rule: Score, probe: Probe | None = None) -> Properties:
-    """Observe a score. Budget and padding do not apply: a score gives no pairs away."""
+    """Observe a score, up to rounding. A budget does not apply: a score gives no pairs away."""
     probe = probe or Probe()
-    causal = batch_invariant = True
-    for logits_BSE, other_BSE, _ in probe.inputs():
-        scores_BSE = rule(logits_BSE)
+    causal = batch_invariant = padding_inert = True
+    for logits_BSE, other_BSE, valid_BS in probe.inputs():
+        scores_BSE = rule(logits_BSE, valid_BS)
         cut = probe.sequence // 2
         later_BSE = torch.cat([logits_BSE[:, :cut], other_BSE[:, cut:]], dim=1)
-        causal &= torch.equal(rule(later_BSE)[:, :cut], scores_BSE[:, :cut])
         others_BSE = torch.cat([logits_BSE[:1], other_BSE[1:]])
-        batch_invariant &= torch.equal(rule(others_BSE)[0], scores_BSE[0])
-    return Properties(causal, batch_invariant)
+        mixed_BSE = torch.where(valid_BS[..., None], logits_BSE, other_BSE)
+        wide_BSE, wide_BS = _padded(logits_BSE, valid_BS)
+        unpadded_BSE = rule(wide_BSE, wide_BS)[: probe.batch, : probe.sequence]
+        early_BS = valid_BS[:, :cut]
+        causal &= _same(rule(later_BSE, valid_BS)[:, :cut], scores_BSE[:, :cut], early_BS)
+        causal &= _same(rule(logits_BSE[:, :cut], early_BS), scores_BSE[:, :cut], early_BS)
+        batch_invariant &= _same(rule(others_BSE, valid_BS)[:1], scores_BSE[:1], valid_BS[:1])
+        batch_invariant &= _same(rule(logits_BSE[:1], valid_BS[:1]), scores_BSE[:1], valid_BS[:1])
+        padding_inert &= _same(rule(mixed_BSE, valid_BS), scores_BSE, valid_BS)
+        padding_inert &= _same(unpadded_BSE, scores_BSE, valid_BS)
+    return Properties(causal, batch_invariant, padding_inert=padding_inert)
 
 
 def check_selection(rule: Selection, probe: Probe | None = None) -> None:
@@ -114,9 +127,10 @@ def check_score(rule: Score, probe: Probe | None = None) -> None:
     """Hold a score to what it declares.
 
     Raises:
-        ValueError: naming each property that was observed otherwise than declared.
+        ValueError: naming each property that was observed otherwise than declared, or padding that takes part.
     """
-    _compare(describe(rule), Properties(rule.causal, rule.batch_invariant), probe_score(rule, probe))
+    declared = Properties(rule.causal, rule.batch_invariant, padding_inert=True)
+    _compare(describe(rule), declared, probe_score(rule, probe))
 
 
 def _compare(name: str, declared: Properties, observed: Properties) -> None:
@@ -130,12 +144,18 @@ def _compare(name: str, declared: Properties, observed: Properties) -> None:
 
 
 def _choose(rule: Selection, scores_BSE: Tensor, valid_BS: Tensor) -> Tensor:
-    """The executed matrix (B, S, E): the scores at the chosen pairs (never zero), zero elsewhere."""
+    """The executed matrix (B, S, E): one plus the weight at the chosen pairs (never zero), zero elsewhere."""
     allowed_BSE = valid_BS[..., None].expand_as(scores_BSE)
-    return rule(scores_BSE, scores_BSE, allowed_BSE).to_dense().view_as(scores_BSE)
+    assignment = rule(scores_BSE, scores_BSE, allowed_BSE)
+    return assignment.with_weights(assignment.weight_P + 1).to_dense().view_as(scores_BSE)
+
+
+def _same(one_BSE: Tensor, other_BSE: Tensor, valid_BS: Tensor) -> bool:
+    """Whether the scores of valid tokens agree up to rounding."""
+    return torch.allclose(one_BSE[valid_BS], other_BSE[valid_BS], rtol=1e-5, atol=1e-7)
 
 
 def _padded(scores_BSE: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The same batch with one more column and one more row of padding, whose scores beat all others."""
-    wide_BSE = torch.nn.functional.pad(scores_BSE, (0, 0, 0, 1, 0, 1), value=2.0)
+    """The same batch with one more column and one more row of padding, whose content beats all others."""
+    wide_BSE = torch.nn.functional.pad(scores_BSE, (0, 0, 0, 1, 0, 1), value=20.0)
     return wide_BSE, torch.nn.functional.pad(valid_BS, (0, 1, 0, 1), value=False)

@@ -60,7 +60,7 @@ class CurvePoint(_Frozen):
     loss: float
     """Language-model loss alone, nats per token, mean since the point before."""
     auxiliary: dict[str, float] = Field(default_factory=dict)
-    """Each auxiliary loss by name ("load_balance", "router_z"), before its coefficient."""
+    """Each auxiliary loss by name ("load_balance", "router_z", ...), before its coefficient."""
 
 
 class Protocol(_Frozen):

@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from crossways.errors import UserError
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+from crossways.models.losses import AUXILIARY_LOSSES
 from crossways.training.checkpoints import remove_torn_checkpoints
 from crossways.training.corpus import Corpus
 from crossways.training.memory import peak_memory_bytes, reset_peak_memory
@@ -178,7 +179,7 @@ def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str
             "step": entry["step"],
             "tokens": entry["step"] * tokens_per_step,
             "loss": entry["lm_loss"],
-            "auxiliary": {name: entry[name] for name in ("load_balance", "router_z") if name in entry},
+            "auxiliary": {name: entry[name] for name in AUXILIARY_LOSSES if name in entry},
         }
         for entry in history
         if "lm_loss" in entry

@@ -1,8 +1,10 @@
 """Scores: maps from router logits to non-negative scores. One file per idea; `base.Score` is the contract."""
 
 from crossways.rules.score.base import Score, build_score, score_catalogue
+from crossways.rules.score.relu import Relu
 from crossways.rules.score.sigmoid import Sigmoid
 from crossways.rules.score.softmax import Softmax
+from crossways.rules.score.token_softmax import TokenSoftmax
 from crossways.rules.score.unified import Unified
 
-__all__ = ["Score", "Sigmoid", "Softmax", "Unified", "build_score", "score_catalogue"]
+__all__ = ["Relu", "Score", "Sigmoid", "Softmax", "TokenSoftmax", "Unified", "build_score", "score_catalogue"]

@@ -16,17 +16,46 @@ from crossways.rules.registry import build, catalogue
 
 @dataclass(frozen=True)
 class Score:
-    """Maps float32 router logits (B, S, E) to non-negative float32 scores (B, S, E)."""
+    """Maps float32 router logits (B, S, E) to non-negative float32 scores (B, S, E).
+
+    Most scores look at one token at a time. One that looks at others says so, leaves padding out by `valid_BS`, and
+    names a decode twin.
+    """
 
     name: ClassVar[str]
     """What selects the score in a configuration."""
-    causal: ClassVar[bool] = True
-    """A later token never changes an earlier token's scores."""
-    batch_invariant: ClassVar[bool] = True
-    """Another row of the batch never changes mine."""
 
-    def __call__(self, logits_BSE: Tensor) -> Tensor:
+    @property
+    def causal(self) -> bool:
+        """A later token never changes an earlier token's scores."""
+        return True
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Another row of the batch never changes mine."""
+        return True
+
+    def __call__(self, logits_BSE: Tensor, valid_BS: Tensor | None = None) -> Tensor:
+        """Score.
+
+        Args:
+            logits_BSE: float32 (B, S, E).
+            valid_BS: boolean (B, S), false for padding, whose own scores mean nothing; None when there is none.
+        """
         raise NotImplementedError
+
+    def decode_twin(self) -> Score:
+        """The causal, batch-invariant score to generate with: the score itself if it is both."""
+        return self
+
+    def normaliser(self, logits_BSE: Tensor, valid_BS: Tensor | None = None) -> Tensor | None:
+        """What the twin must know of a batch, float32 (E,), of which routers keep a running estimate; None if it
+        needs nothing, NaN for a batch of padding alone."""
+        return None
+
+    def at(self, normaliser_E: Tensor) -> Score:
+        """This score with the given normaliser, for twins that need one."""
+        return self
 
 
 def score_catalogue() -> dict[str, type[Score]]:

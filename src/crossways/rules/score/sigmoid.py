@@ -20,5 +20,5 @@ class Sigmoid(Score):
 
     name: ClassVar[str] = "sigmoid"
 
-    def __call__(self, logits_BSE: Tensor) -> Tensor:
+    def __call__(self, logits_BSE: Tensor, valid_BS: Tensor | None = None) -> Tensor:
         return logits_BSE.sigmoid()

@@ -22,5 +22,5 @@ class Softmax(Score):
 
     name: ClassVar[str] = "softmax"
 
-    def __call__(self, logits_BSE: Tensor) -> Tensor:
+    def __call__(self, logits_BSE: Tensor, valid_BS: Tensor | None = None) -> Tensor:
         return logits_BSE.softmax(-1)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Selection:
     """What selects the rule in a configuration."""
     scheduled: ClassVar[bool] = False
     """Whether the rule changes in the course of training, so that the model must count its training passes."""
+    chooses_by: ClassVar[Literal["scores", "logits"]] = "scores"
+    """What the router hands over as `choice_BSE`: most papers rank scores; a few solve a problem in the logits."""
 
     @property
     def causal(self) -> bool:
@@ -72,6 +74,11 @@ class Selection:
         """The causal, batch-invariant rule to generate with: the rule itself if it is both, else a threshold."""
         return self
 
+    def in_training(self) -> Selection:
+        """The rule to use while the router trains: itself, unless it samples there. Samples come from torch's
+        generator, so gradient checkpointing repeats them."""
+        return self
+
     def cutoff(self, choice_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Tensor | None:
         """The threshold, (1,) or (E,), that would have spent the same budget on this batch; None if the rule and
         its decode twin need none."""
@@ -92,6 +99,14 @@ def check_number(rule: str, field: str, value: Any) -> None:
     """Raise `UserError` unless the field holds a number; JSON and YAML also give texts and booleans."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"selection {rule!r}: {field} must be a number, got {value!r}")
+
+
+def check_whole(rule: str, field: str, value: Any) -> int:
+    """The field's value as an int (2.0 in a recipe means 2); raises `UserError` unless it is whole and positive."""
+    check_number(rule, field, value)
+    if not value >= 1 or value % 1 != 0:
+        raise UserError(f"selection {rule!r}: {field} must be a whole number of at least 1, got {value}")
+    return int(value)
 
 
 def check_budget(rule: str, k: float, num_experts: int) -> None:

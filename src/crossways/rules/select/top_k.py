@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from crossways.assignment import Assignment
-from crossways.errors import UserError
-from crossways.rules.select.base import Selection, check_budget, check_number
+from crossways.rules.select.base import Selection, check_budget, check_whole
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,7 @@ class TopK(Selection):
     """Experts per token, 1 to E; usually 1 to 8."""
 
     def __post_init__(self) -> None:
-        check_number(self.name, "k", self.k)
-        if self.k < 1 or self.k % 1 != 0:
-            raise UserError(f"selection 'top_k': k must be a whole number of at least 1, got {self.k}")
-        object.__setattr__(self, "k", int(self.k))  # 2.0 in a recipe means 2
+        object.__setattr__(self, "k", check_whole(self.name, "k", self.k))
 
     def check(self, num_experts: int) -> None:
         check_budget(self.name, self.k, num_experts)

@@ -1,0 +1,156 @@
+"""Token choice with a capacity: an expert that is full drops the tokens that come later. Switch and GShard.
+
+Legend: B batch, S sequence, E experts, G groups, N tokens of a group, K experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from crossways.assignment import Assignment
+from crossways.errors import UserError
+from crossways.rules.select.base import (
+    Selection,
+    check_budget,
+    check_number,
+    check_whole,
+    top_of_groups,
+    valid_tokens,
+)
+
+Group = Literal["sequence", "batch"]
+Order = Literal["position", "score"]
+Second = Literal["always", "random"]
+
+
+@dataclass(frozen=True)
+class Capacity(Selection):
+    """Each token asks for its k best experts; each expert serves at most C = ceil(factor * k * n / E) tokens of its
+    group of n and drops the rest, which pass through the residual.
+
+    Switch Transformers (arXiv 2101.03961, eq. 3) is k = 1, raw softmax weights; GShard (arXiv 2006.16668, section
+    2.2 and algorithm 1) is k = 2 with `normalize` and `second = random`. First choices are served before second ones,
+    and among them earlier positions first (rows of a batch one after the other), or greater scores first.
+
+    Nothing but C makes the order of service by position and k = 1 look ahead, and that is enough: C grows with the
+    number of tokens, so a token that is dropped in a prefix may be served in the whole text. No finite factor is
+    declared causal, though one of at least E / k drops nobody. Generation has no full experts: the decode twin is the
+    same rule without a limit, which is top-k.
+    """
+
+    name: ClassVar[str] = "capacity"
+
+    k: int = 1
+    """Experts a token asks for, 1 to E; 1 in Switch, 2 in GShard."""
+    factor: float | None = 1.25
+    """Capacity over the load of perfect balance, above 0; 1 to 2 in the papers (Switch trains with 1 to 1.25). None
+    drops nobody."""
+    group: Group = "sequence"
+    """Tokens that compete for places: those of one `sequence`, or of the whole `batch` as in the papers."""
+    order: Order = "position"
+    """Who is served first by a full expert: earlier tokens (`position`), or greater scores (`score`)."""
+    normalize: bool = False
+    """Scale each token's k weights to sum to one before any is dropped (GShard). `renormalize` does so afterwards."""
+    second: Second = "always"
+    """`random`: in training, an expert after the first is asked with probability min(1, k * its normalised weight)
+    (GShard, for k = 2: twice the weight); evaluation always asks."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", check_whole(self.name, "k", self.k))
+        if self.factor is not None:
+            check_number(self.name, "factor", self.factor)
+            if not 0 < self.factor < math.inf:
+                raise UserError(f"selection 'capacity': factor must be a finite number above 0, got {self.factor}")
+        for field, known in (("group", Group), ("order", Order), ("second", Second)):
+            if (value := getattr(self, field)) not in get_args(known):
+                raise UserError(f"selection 'capacity': {field} must be one of {get_args(known)}, got {value!r}")
+
+    @property
+    def causal(self) -> bool:
+        """Not with a limit: see above."""
+        return self.factor is None
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Only the tokens of one row compete under group `sequence`."""
+        return self.factor is None or self.group == "sequence"
+
+    @property
+    def exact_budget(self) -> bool:
+        """How many are dropped depends on who asks for whom."""
+        return self.factor is None
+
+    def check(self, num_experts: int) -> None:
+        check_budget(self.name, self.k, num_experts)
+
+    def decode_twin(self) -> Capacity:
+        return self if self.factor is None else replace(self, factor=None)
+
+    def in_training(self) -> Capacity:
+        if self.second == "always":
+            return self
+        return _Sampled(self.k, self.factor, self.group, self.order, self.normalize, self.second)
+
+    def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        batch, _, num_experts = choice_BSE.shape
+        asked_TKE, weight_TE = self._asked(choice_BSE.flatten(0, 1), scores_BSE.flatten(0, 1), allowed_BSE)
+        groups = batch if self.group == "sequence" else 1
+        tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
+        asked_GNKE = asked_TKE.view(groups, -1, *asked_TKE.shape[1:])
+        served_GNKE = self._served(asked_GNKE, choice_BSE, self.capacity(tokens_G, num_experts))
+        broken_TE = asked_TKE.any(1) & choice_BSE.flatten(0, 1).isnan()  # must show, so is not dropped
+        return Assignment.from_mask(served_GNKE.any(2).reshape(-1, num_experts) | broken_TE, weight_TE)
+
+    def capacity(self, tokens_G: Tensor, num_experts: int) -> Tensor:
+        """Places at each of E experts in groups of so many tokens, rounded up in integers; both int64 (G,)."""
+        if self.factor is None:
+            return tokens_G
+        rate = Fraction(self.factor).limit_denominator(10**6) * self.k / num_experts
+        return -(-rate.numerator * tokens_G // rate.denominator)
+
+    def _asked(self, choice_TE: Tensor, scores_TE: Tensor, allowed_BSE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Boolean (T, K, E): each token's first, second, ... choice; and the weights (T, E)."""
+        if allowed_BSE is not None:
+            choice_TE = choice_TE.masked_fill(~allowed_BSE.flatten(0, 1), -torch.inf)
+        index_TK = choice_TE.topk(self.k, dim=-1).indices
+        asked_TKE = functional.one_hot(index_TK, choice_TE.shape[-1]).bool()
+        if allowed_BSE is not None:
+            asked_TKE = asked_TKE & allowed_BSE.flatten(0, 1)[:, None]
+        if self.normalize:
+            sum_T1 = (scores_TE * asked_TKE.any(1)).sum(-1, keepdim=True)
+            scores_TE = scores_TE / torch.where(sum_T1 > 0, sum_T1, 1.0)
+        return self._sample(asked_TKE, scores_TE), scores_TE
+
+    def _sample(self, asked_TKE: Tensor, weight_TE: Tensor) -> Tensor:
+        return asked_TKE
+
+    def _served(self, asked_GNKE: Tensor, choice_BSE: Tensor, capacity_G: Tensor) -> Tensor:
+        groups, tokens, k, num_experts = asked_GNKE.shape
+        if self.order == "position":
+            # Places in the queue of each expert: all first choices by position, then all second ones.
+            queue_GQE = asked_GNKE.transpose(1, 2).reshape(groups, k * tokens, num_experts)
+            place_GQE = queue_GQE.cumsum(1) - 1
+            served_GQE = queue_GQE & (place_GQE < capacity_G[:, None, None])
+            return served_GQE.view(groups, k, tokens, num_experts).transpose(1, 2)
+        by_expert_GEN = choice_BSE.reshape(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
+        asked_GEN = asked_GNKE.any(2).transpose(1, 2).flatten(0, 1)
+        best_GEN = top_of_groups(by_expert_GEN, asked_GEN, capacity_G.repeat_interleave(num_experts))
+        return asked_GNKE & best_GEN.view(groups, num_experts, tokens).transpose(1, 2)[:, :, None]
+
+
+class _Sampled(Capacity):
+    """The rule with `second = random` in training: weak further choices are often not asked for."""
+
+    def _sample(self, asked_TKE: Tensor, weight_TE: Tensor) -> Tensor:
+        asked_weight_TKE = asked_TKE * weight_TE.detach()[:, None]
+        share_TK = asked_weight_TKE.sum(-1) / asked_weight_TKE.sum((1, 2))[:, None]
+        keep_TK = torch.rand_like(share_TK) < self.k * share_TK
+        keep_TK[:, 0] = True
+        return asked_TKE & keep_TK[..., None]
