@@ -65,7 +65,7 @@ def test_batching_and_padding_change_nothing_and_each_token_counts_once(model):
     for document in documents():
         ids = torch.tensor([[0, *document]])
         logprobs = model.eval()(ids).logits.log_softmax(-1)[0, :-1]
-        by_hand -= float(logprobs.gather(-1, ids[0, 1:, None]).sum())
+        by_hand -= logprobs.gather(-1, ids[0, 1:, None]).sum().item()
     for seen in scored:
         assert seen.nats == pytest.approx(by_hand, rel=1e-5)
         assert (seen.tokens, seen.routed_tokens) == (20, 23)
