@@ -187,3 +187,32 @@ def test_training_after_calibration_goes_on_from_it():
     model.train()(batches(1)[0]["input_ids"])
     assert not torch.equal(router.cutoff, kept_C)
     assert router(torch.randn(1, 2, 16), Context(gate=model.model.gates[0], causal=True)).assignment.num_tokens == 2
+
+
+def test_a_score_normalised_over_tokens_gets_its_normaliser():
+    """One router, so its logits never change: c[e] = log mean exp over all tokens, and then the cutoff is exact."""
+    score = {"name": "unified", "alpha": 0.5, "expert_part": "softmax_over_tokens"}
+    model, text = tiny(num_hidden_layers=1, score=score), batches()
+    report = calibrate(model, text, passes=1)
+    logits = [
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], output_routings=True).routings[0]
+        for batch in text
+    ]
+    pooled_TE = torch.cat([routing.logits_TE[routing.valid_T] for routing in logits]).detach()
+    router = model.model.routers[0]
+    torch.testing.assert_close(router.normaliser, pooled_TE.exp().mean(0).log())
+    assert report.routers[0].twin == pytest.approx(1.5, abs=1e-9)
+    assert len(pooled_TE) == report.tokens
+    other = tiny(num_hidden_layers=1, score=score)
+    calibrate(other, text, passes=0)
+    torch.testing.assert_close(other.model.routers[0].normaliser, router.normaliser)
+    assert budgets_under_twin(other, text)[0] == pytest.approx(1.5, abs=0.1)  # normalised by batches
+
+
+def test_a_normaliser_without_a_cutoff_is_calibrated_too():
+    model = tiny(score="token_softmax", select={"name": "top_k", "k": 2})
+    report = calibrate(model, batches())
+    assert [router.twin for router in report.routers] == [2.0] * 3
+    assert not any(router.normaliser.isnan().any() for router in model.model.routers)
+    with pytest.raises(IndexError):
+        calibrate(tiny(score="token_softmax"), [{name: x + 1000 for name, x in batches(1)[0].items()}])

@@ -1,10 +1,11 @@
-"""Set the cutoffs of decode twins on text, and say how close the twins come to the rules they stand in for.
+"""Set the estimates that decode twins need on text, and say how close the twins come to the rules they stand for.
 
 Legend: B batch, S sequence, T tokens, R routers, E experts, C cutoffs of a router (1 or E).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from crossways.routing import Routing
 from crossways.rules.select import Threshold
 from crossways.rules.select.base import whole
 
+BUFFERS = ("cutoff", "normaliser")
+"""The estimates that are set."""
+
 Batches = Sequence[dict[str, Tensor]]
 """Batches that can be read several times, as `crossways.training.windows.batch_windows` makes them."""
 
@@ -34,7 +38,7 @@ class RouterCalibration:
     router: str
     """Its name."""
     target: float
-    """What the rule spends by definition, k."""
+    """What the rule spends by definition, k; for a twin without a cutoff, what it spent."""
     original: float
     """What the original rule spent on the text that was checked."""
     twin: float
@@ -91,7 +95,9 @@ def calibrate(
     expert by itself among its T scores, k T / E-th. The first pass runs under the original rules, as training does.
     But the hidden states that a later router sees when generating are those that earlier twins made, so each further
     pass runs under the twins and sets all cutoffs anew. After i such passes the first i + 1 routers are exactly
-    consistent: R - 1 passes are a calibration router by router; one or two come near.
+    consistent: R - 1 passes are a calibration router by router; one or two come near. Scores that are normalised over
+    tokens have a normaliser for each expert to set as well, in the same passes; cutoffs are then taken from scores
+    under the normaliser of the pass before (in the first pass, of their batch), which takes one pass more.
 
     Args:
         model: put in evaluation mode for the duration; only its `cutoff` buffers change, and none if an error is
@@ -103,51 +109,67 @@ def calibrate(
     Raises:
         UserError: if no router has a cutoff, or there is no text.
     """
-    routers = {index: router for index, router in enumerate(model.model.routers) if router.has_cutoff}
+    routers = {
+        index: router
+        for index, router in enumerate(model.model.routers)
+        if router.has_cutoff or router.has_normaliser
+    }
     if not routers:
-        raise UserError("nothing to calibrate: no routing rule of this model needs a threshold to generate")
+        raise UserError("nothing to calibrate: no routing rule of this model needs an estimate to generate")
     if passes < 0:
         raise UserError(f"passes must be 0 or more, got {passes}")
-    before = {index: router.cutoff.clone() for index, router in routers.items()}
+    before = {(index, name): router.snapshot(name) for index, router in routers.items() for name in BUFFERS}
     try:
         for number in range(passes + 1):
             observed = _pass(model, routers, batches, causal=number > 0, limit=limit)
             for index, router in routers.items():
-                router.cutoff.copy_(observed[index].cutoff_C())
+                observed[index].set(router)
         return _report(model, observed, check if check is not None else batches, passes)
     except BaseException:
-        for index, router in routers.items():
-            router.cutoff.copy_(before[index])
+        for (index, name), value in before.items():
+            if value is not None:
+                getattr(routers[index], name).copy_(value)
         raise
 
 
 class _Observed:
-    """The scores of one router, in histograms: one, or one for each expert."""
+    """The scores of one router, in histograms: one, or one for each expert; and the sums behind its normaliser."""
 
-    def __init__(self, router: Router, limit: int) -> None:
+    def __init__(self, router: Router, limit: int, *, causal: bool) -> None:
+        self.causal = causal
         twin = router.select.decode_twin()
-        assert isinstance(twin, Threshold)
-        self.twin, self.num_experts, self.tokens = twin, router.num_experts, 0
-        self.sketch_C = [RankSketch(limit) for _ in range(router.num_experts if twin.per_expert else 1)]
+        self.twin = twin if isinstance(twin, Threshold) and router.has_cutoff else None
+        cutoffs = 0 if self.twin is None else router.num_experts if self.twin.per_expert else 1
+        self.sketch_C = [RankSketch(limit) for _ in range(cutoffs)]
+        self.log_sum_E = torch.full((router.num_experts,), -torch.inf, dtype=torch.float64)
+        self.tokens = 0
 
     def receive(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
         """A forward hook."""
-        assert routing.choice_TE is not None
-        choice_TE = routing.choice_TE if routing.valid_T is None else routing.choice_TE[routing.valid_T]
-        self.tokens += len(choice_TE)
-        for sketch, choice_N in zip(
-            self.sketch_C, choice_TE.t() if self.twin.per_expert else [choice_TE], strict=True
-        ):
+        assert isinstance(router, Router)
+        rows = slice(None) if routing.valid_T is None else routing.valid_T
+        logits_TE = routing.logits_TE.detach()[rows]
+        self.tokens += len(logits_TE)
+        if router.has_normaliser:
+            seen_E = logits_TE.double().logsumexp(0).cpu()
+            self.log_sum_E = torch.logaddexp(self.log_sum_E, seen_E)
+        choice_TE = choice_of(router, routing, causal=self.causal)
+        pools = choice_TE.t() if len(self.sketch_C) > 1 else [choice_TE] * len(self.sketch_C)
+        for sketch, choice_N in zip(self.sketch_C, pools, strict=True):
             sketch.add(choice_N)
 
     @property
     def wanted(self) -> int:
         """Pairs that each cutoff may let pass."""
+        assert self.twin is not None
         return min(whole(self.twin.k * self.tokens / len(self.sketch_C)), self.sketch_C[0].total)
 
-    def cutoff_C(self) -> Tensor:
-        """The cutoffs, float32 (C,)."""
-        return torch.tensor([sketch.cutoff(self.wanted).value for sketch in self.sketch_C])
+    def set(self, router: Router) -> None:
+        """Hand the router its cutoffs, float32 (C,), and its normaliser, float32 (E,)."""
+        if self.sketch_C:
+            router.cutoff.copy_(torch.tensor([sketch.cutoff(self.wanted).value for sketch in self.sketch_C]))
+        if router.has_normaliser:
+            router.normaliser.copy_(self.log_sum_E - math.log(self.tokens))
 
     def rounding(self) -> float:
         """By how many experts per token the cutoffs miss the target."""
@@ -155,10 +177,24 @@ class _Observed:
         return missed / self.tokens
 
 
+def choice_of(router: Router, routing: Routing, *, causal: bool) -> Tensor:
+    """What the router's decode twin compares, float32 (valid tokens, E). That is what was compared, but under an
+    original score that is normalised over the tokens of its group: then the twin's, normalised over the batch."""
+    rows = slice(None) if routing.valid_T is None else routing.valid_T
+    assert routing.choice_TE is not None
+    if causal or not router.has_normaliser or router.select.chooses_by == "logits":
+        return routing.choice_TE[rows]
+    logits_BSE = routing.logits_TE.detach()[rows][None]
+    normaliser_E = router.score.normaliser(logits_BSE)
+    assert normaliser_E is not None
+    twin_TE = router.score.decode_twin().at(normaliser_E)(logits_BSE)[0]
+    return twin_TE + (routing.choice_TE - routing.scores_TE.detach())[rows]  # the balancing bias, if any
+
+
 def _pass(
     model: CrosswaysForCausalLM, routers: dict[int, Router], batches: Batches, *, causal: bool, limit: int
 ) -> dict[int, _Observed]:
-    observed = {index: _Observed(router, limit) for index, router in routers.items()}
+    observed = {index: _Observed(router, limit, causal=causal) for index, router in routers.items()}
     with ExitStack() as stack:
         stack.enter_context(_self_sufficient(model, routers.values()))
         for index, router in routers.items():
@@ -173,7 +209,7 @@ def _pass(
 def _self_sufficient(model: nn.Module, routers: Iterable[Router]) -> Iterator[None]:
     """Routers that are thresholds from the start, and have no cutoff yet, take that of each batch, as they do in the
     first step of training."""
-    blank = [router for router in routers if isinstance(router.select, Threshold) and router.cutoff.isnan().any()]
+    blank = [r for r in routers if r.has_cutoff and isinstance(r.select, Threshold) and r.cutoff.isnan().any()]
 
     def train(router: nn.Module, args: tuple[Any, ...]) -> None:
         router.training = True  # the forward pass of the whole model is in evaluation mode
@@ -194,7 +230,7 @@ def _report(
     rows = [
         RouterCalibration(
             router=model.config.router_names[index],
-            target=seen.twin.k,
+            target=seen.twin.k if seen.twin else _budget(original, index),
             original=_budget(original, index),
             twin=_budget(twin, index),
             rounding=seen.rounding(),

@@ -81,12 +81,12 @@ def method_config(method: Method, **sizes: Any) -> CrosswaysConfig:
 def method_properties(config: CrosswaysConfig) -> MethodProperties:
     """What the configured score and selection declare, together."""
     score, select = build_score(config.score), build_selection(config.select or "top_k")
-    twin = select.decode_twin()
+    twins = [describe(rule.decode_twin()) for rule in (select, score) if rule.decode_twin() is not rule]
     return MethodProperties(
         causal=score.causal and select.causal,
         batch_invariant=score.batch_invariant and select.batch_invariant,
         exact_budget=select.exact_budget,
-        decode_twin="" if twin is select else describe(twin),
+        decode_twin=" of ".join(twins),
     )
 
 
@@ -94,7 +94,7 @@ def method_parts(config: CrosswaysConfig) -> dict[str, tuple[str, str]]:
     """The parts a configuration is made of: gate, score, select, sharing, layer; each on one line, and the docstring
     that explains it."""
     gate = build_gate(config.gate)
-    built = gate.build(config.hidden_size, config.num_experts, 1, config.vocab_size)
+    built = gate.build(config.hidden_size, config.router_size, 1, config.vocab_size)
     values: Mapping[str, Any] = {
         "score": build_score(config.score),
         "select": build_selection(config.select or "top_k"),
