@@ -25,7 +25,7 @@ from crossways.calibrate import CalibrationReport, calibrate
 from crossways.commands.calibrate import documents_batches
 from crossways.evaluation.evaluate import evaluate_model
 from crossways.evaluation.settings import EvaluationSettings
-from crossways.methods import find_method, method_config, methods
+from crossways.methods import find_method, method_config, methods, reference_sizes
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.study.atomic import write_text_atomic
 from crossways.training.corpus import Corpus, CorpusSettings, load_corpus
@@ -62,7 +62,9 @@ def result_of(name: str, steps: int, out: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(TOKENIZER, corpus, out / "cache")
     config = method_config(find_method(name), vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     settings = training_settings(steps)
-    said = [config.to_diff_dict(), settings.model_dump(), EVALUATION.model_dump(), CORPUS.model_dump(), SEED]
+    # Of the method what the list says, not the whole configuration, so that a new field elsewhere repeats nothing.
+    said = [reference_sizes(), find_method(name).model, settings.model_dump(), EVALUATION.model_dump()]
+    said += [CORPUS.model_dump(), TOKENIZER.model_dump(), SEED]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
     path = out / f"{name}.json"
     if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["digest"] == digest:

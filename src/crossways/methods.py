@@ -69,13 +69,18 @@ def find_method(name: str) -> Method:
     return known[name]
 
 
+def reference_sizes() -> dict[str, Any]:
+    """The small reference model that the entries of the list are written for."""
+    return _read().reference
+
+
 def method_config(method: Method, **sizes: Any) -> CrosswaysConfig:
     """The small reference model with this method's routing; keyword arguments replace fields.
 
     Raises:
         UserError: for a combination that cannot be built.
     """
-    return CrosswaysConfig(**(_read().reference | method.model | sizes))
+    return CrosswaysConfig(**(reference_sizes() | method.model | sizes))
 
 
 def method_properties(config: CrosswaysConfig) -> MethodProperties:
