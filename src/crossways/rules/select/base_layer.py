@@ -5,7 +5,6 @@ Legend: B batch, S sequence, E experts, G groups, N tokens of a group, C = place
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -23,7 +22,7 @@ Group = Literal["sequence", "batch"]
 @dataclass(frozen=True)
 class Base(Selection):
     """One expert for each token, maximising the total of the logits subject to equal loads (BASE layers, Lewis et al.
-    2021, arXiv 2103.16716, section 3.1: a linear assignment problem). Needs scipy.
+    2021, arXiv 2103.16716, section 3.1: a linear assignment problem).
 
     Where n tokens do not divide by E experts, each takes at most ceil(n / E). Chooses by the logits h w_e and weighs
     by the score, which is `sigmoid` in the paper. Every token's place depends on all others; the decode twin is the
@@ -55,8 +54,6 @@ class Base(Selection):
 
     def check(self, num_experts: int) -> None:
         check_budget(self.name, self.k, num_experts)
-        if importlib.util.find_spec("scipy") is None:
-            raise UserError("selection 'base' needs scipy for its assignment problem: pip install 'crossways[base]'")
 
     def decode_twin(self) -> TopK:
         return TopK(1)
