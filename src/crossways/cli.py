@@ -14,6 +14,7 @@ import typer
 from crossways import __version__
 from crossways.commands.calibrate import calibrate_command
 from crossways.commands.routers import routers_command
+from crossways.commands.terminal import no_bars_in_logs
 from crossways.errors import UserError
 
 app = typer.Typer(
@@ -77,7 +78,7 @@ def study(
     from crossways.study.load import load_recipe
     from crossways.study.runner import run_study
 
-    _no_bars_in_logs()
+    no_bars_in_logs()
     loaded = load_recipe(recipe, overrides or ())
     if dry_run:
         typer.echo(describe_recipe(loaded))
@@ -104,7 +105,7 @@ def train(
     from crossways.study.plan import run_folder
     from crossways.study.runner import require_user_variant, run_study
 
-    _no_bars_in_logs()
+    no_bars_in_logs()
     loaded = load_recipe(recipe, overrides or ())
     require_user_variant(variant, loaded)
     if dry_run:
@@ -133,7 +134,7 @@ def evaluate(
     """
     from crossways.evaluation.command import evaluate_checkpoint
 
-    _no_bars_in_logs()
+    no_bars_in_logs()
     sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
     evaluate_checkpoint(checkpoint, out or checkpoint / "evaluation.json", recipe, sets, causal=causal)
 
@@ -147,7 +148,7 @@ def export(
     """Convert a model to a family of transformers, with the same logits, or say why that cannot be."""
     from crossways.models.export import export_checkpoint
 
-    _no_bars_in_logs()
+    no_bars_in_logs()
     export_checkpoint(checkpoint, to, out)
     typer.echo(f"model: {out}")
 
@@ -178,16 +179,6 @@ def recipes(
 
 app.command("calibrate")(calibrate_command)
 app.command("routers")(routers_command)
-
-
-def _no_bars_in_logs() -> None:
-    """Progress bars are for terminals; elsewhere standard error holds errors only."""
-    if not sys.stderr.isatty():
-        import datasets
-        from transformers.utils import logging
-
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
 
 
 def _default_out(recipe: str) -> Path:

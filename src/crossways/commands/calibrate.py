@@ -42,9 +42,11 @@ def calibrate_command(
     from rich.console import Console
 
     from crossways.calibrate import calibrate
+    from crossways.commands.terminal import no_bars_in_logs
     from crossways.evaluation.command import load_checkpoint, requested
     from crossways.training.corpus import load_corpus
 
+    no_bars_in_logs()
     sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
     request = requested(checkpoint, recipe, sets)
     model, tokenizer = load_checkpoint(checkpoint)
