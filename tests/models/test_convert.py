@@ -41,7 +41,7 @@ TINY_FAMILY = {
 }
 
 
-def same_logits(one, other, tokens):
+def check_same_logits(one, other, tokens):
     ids_BS, mask_BS = tokens
     valid_BS = mask_BS.bool()
     ours, theirs = (model.eval()(ids_BS, attention_mask=mask_BS).logits[valid_BS] for model in (one, other))
@@ -54,9 +54,9 @@ def test_qwen2_moe_there_and_back(tiny_model, tokens, kind):
     model = tiny_model(**QWEN_LIKE[kind])
     theirs = to_qwen2_moe(model)
     assert type(theirs) is Qwen2MoeForCausalLM
-    same_logits(model, theirs, tokens)
+    check_same_logits(model, theirs, tokens)
     again = from_qwen2_moe(theirs)
-    same_logits(model, again, tokens)
+    check_same_logits(model, again, tokens)
     assert again.config.shared_expert_intermediate_size == model.config.shared_expert_intermediate_size
     if kind not in ("block_shared", "cartesian_of_one"):
         for name, value in model.state_dict().items():
@@ -68,9 +68,9 @@ def test_mixtral_there_and_back(tiny_model, tokens, fields):
     model = tiny_model(renormalize=True, **fields)
     theirs = to_mixtral(model)
     assert type(theirs) is MixtralForCausalLM
-    same_logits(model, theirs, tokens)
+    check_same_logits(model, theirs, tokens)
     again = from_mixtral(theirs)
-    same_logits(theirs, again, tokens)
+    check_same_logits(theirs, again, tokens)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
 
@@ -95,14 +95,14 @@ def test_a_qwen2_moe_of_their_own_becomes_ours(tokens, bias):
             elif "shared_expert_gate" in name:
                 parameter.zero_()
     ours = from_qwen2_moe(theirs)
-    same_logits(theirs, ours, tokens)
-    same_logits(theirs, to_qwen2_moe(ours), tokens)
+    check_same_logits(theirs, ours, tokens)
+    check_same_logits(theirs, to_qwen2_moe(ours), tokens)
 
 
 def test_a_mixtral_of_their_own_becomes_ours(tokens):
     config = MixtralConfig(**TINY_FAMILY, num_hidden_layers=2, intermediate_size=12, num_local_experts=4)
     theirs = MixtralForCausalLM(config)
-    same_logits(theirs, from_mixtral(theirs), tokens)
+    check_same_logits(theirs, from_mixtral(theirs), tokens)
 
 
 def test_models_that_use_what_ours_lacks_are_refused():
