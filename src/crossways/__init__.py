@@ -1,5 +1,12 @@
 """Routing for Mixture-of-Experts models: choose the token-expert pairs, compute with them, look at them."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crossways.surgery.handle import Handle
+
 __version__ = "0.1.0"
 
 
@@ -11,3 +18,19 @@ def register() -> None:
     from crossways.models import register as register_models
 
     register_models()
+
+
+def reroute(model: Any, rule: Any = None, **changes: Any) -> Handle:
+    """Route a transformers model by another rule, in place and without training; see
+    `crossways.surgery.reroute.reroute`, which documents the arguments and what is raised."""
+    from crossways.surgery.reroute import reroute as change_routing
+
+    return change_routing(model, rule, **changes)
+
+
+def from_pretrained(path: Any, auto_class: Any = None, **kwargs: Any) -> Any:
+    """Load a transformers model and route it by the rule that was saved with it, if any; see
+    `crossways.surgery.reroute.from_pretrained`."""
+    from crossways.surgery.reroute import from_pretrained as load
+
+    return load(path, auto_class, **kwargs)

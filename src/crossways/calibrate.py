@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from crossways.errors import UserError
 from crossways.evaluation.perplexity import Likelihood, score_batches
-from crossways.models import CrosswaysForCausalLM
+from crossways.evaluation.subject import Subject, subject_of
 from crossways.rank_sketch import RankSketch
 from crossways.router import Router
 from crossways.routing import Routing
@@ -82,7 +82,7 @@ class CalibrationReport:
 
 
 def calibrate(
-    model: CrosswaysForCausalLM,
+    model: Any,
     batches: Batches,
     *,
     passes: int = 1,
@@ -100,8 +100,9 @@ def calibrate(
     under the normaliser of the pass before (in the first pass, of their batch), which takes one pass more.
 
     Args:
-        model: put in evaluation mode for the duration; only its `cutoff` buffers change, and none if an error is
-        raised. batches: text to calibrate on; ten thousand tokens settle a cutoff to about one per cent.
+        model: of crossways, or of transformers and rerouted; put in evaluation mode for the duration; only the
+            routers' `cutoff` and `normaliser` change, and none if an error is raised.
+        batches: text to calibrate on; ten thousand tokens settle a cutoff to about one per cent.
         passes: passes under the twins, 0 or more.
         check: other text to compare rule and twin on; default the same.
         limit: buckets of the histogram behind each cutoff, see `RankSketch`; memory is at most 16 bytes each.
@@ -109,9 +110,10 @@ def calibrate(
     Raises:
         UserError: if no router has a cutoff, or there is no text.
     """
+    subject = subject_of(model)
     routers = {
         index: router
-        for index, router in enumerate(model.model.routers)
+        for index, router in enumerate(subject.routers.values())
         if router.has_cutoff or router.has_normaliser
     }
     if not routers:
@@ -121,10 +123,11 @@ def calibrate(
     before = {(index, name): router.snapshot(name) for index, router in routers.items() for name in BUFFERS}
     try:
         for number in range(passes + 1):
-            observed = _pass(model, routers, batches, causal=number > 0, limit=limit)
+            observed = _pass(subject, routers, batches, causal=number > 0, limit=limit)
             for index, router in routers.items():
                 observed[index].set(router)
-        return _report(model, observed, check if check is not None else batches, passes)
+        subject.calibrated()
+        return _report(subject, observed, check if check is not None else batches, passes)
     except BaseException:
         for (index, name), value in before.items():
             if value is not None:
@@ -192,14 +195,14 @@ def choice_of(router: Router, routing: Routing, *, causal: bool) -> Tensor:
 
 
 def _pass(
-    model: CrosswaysForCausalLM, routers: dict[int, Router], batches: Batches, *, causal: bool, limit: int
+    subject: Subject, routers: dict[int, Router], batches: Batches, *, causal: bool, limit: int
 ) -> dict[int, _Observed]:
     observed = {index: _Observed(router, limit, causal=causal) for index, router in routers.items()}
     with ExitStack() as stack:
-        stack.enter_context(_self_sufficient(model, routers.values()))
+        stack.enter_context(_self_sufficient(subject.model, routers.values()))
         for index, router in routers.items():
             stack.callback(router.register_forward_hook(observed[index].receive).remove)
-        score_batches(model, batches, causal=causal)
+        score_batches(subject.model, batches, causal=causal)
     if not min(seen.tokens for seen in observed.values()):
         raise UserError("nothing to calibrate on: the text has no tokens")
     return observed
@@ -223,13 +226,12 @@ def _self_sufficient(model: nn.Module, routers: Iterable[Router]) -> Iterator[No
             router.training = model.training
 
 
-def _report(
-    model: CrosswaysForCausalLM, observed: dict[int, _Observed], check: Batches, passes: int
-) -> CalibrationReport:
-    original, twin = (score_batches(model, check, causal=causal) for causal in (False, True))
+def _report(subject: Subject, observed: dict[int, _Observed], check: Batches, passes: int) -> CalibrationReport:
+    original, twin = (score_batches(subject.model, check, causal=causal) for causal in (False, True))
+    names = list(subject.routers)
     rows = [
         RouterCalibration(
-            router=model.config.router_names[index],
+            router=names[index],
             target=seen.twin.k if seen.twin else _budget(original, index),
             original=_budget(original, index),
             twin=_budget(twin, index),

@@ -190,9 +190,8 @@ class Router(nn.Module):
 
     def _choice(self, logits_BSE: Tensor, scores_BSE: Tensor, context: Context) -> Tensor:
         choice_BSE = logits_BSE if self.select.chooses_by == "logits" else scores_BSE
-        if not self.bias_update_rate:
-            return choice_BSE
-        return choice_BSE + (self.bias if context.bias_E is None else context.bias_E)
+        bias_E = self._buffers.get("bias") if context.bias_E is None else context.bias_E
+        return choice_BSE if bias_E is None else choice_BSE + bias_E
 
     def _cutoff_of(
         self,

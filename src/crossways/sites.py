@@ -12,6 +12,7 @@ from torch import nn
 from crossways.layers import CartesianMoE
 from crossways.router import Router
 from crossways.sharing import build_sharing
+from crossways.surgery.handle import handle_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,11 @@ class Site:
 
 def router_sites(model: nn.Module) -> list[Site]:
     """The sites of all routers in a model, in the order in which modules are registered, which is that of a forward
-    pass in every model of this package; empty for a model without routers."""
+    pass in every model of this package; those of a rerouted model of transformers; empty for a model without
+    routers."""
+    handle = handle_of(model)
+    if handle is not None:
+        return [Site(router, index, index) for index, router in enumerate(handle.routers.values())]
     factor_of: dict[Router, int] = {}
     for module in model.modules():
         if isinstance(module, CartesianMoE):

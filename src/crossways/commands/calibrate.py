@@ -43,18 +43,18 @@ def calibrate_command(
 
     from crossways.calibrate import calibrate
     from crossways.commands.terminal import no_bars_in_logs
-    from crossways.evaluation.command import load_checkpoint, requested
+    from crossways.evaluation.command import requested
+    from crossways.evaluation.subject import subject_of
+    from crossways.surgery.checkpoint import load_causal_lm
     from crossways.training.corpus import load_corpus
 
     no_bars_in_logs()
     sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
     request = requested(checkpoint, recipe, sets)
-    model, tokenizer = load_checkpoint(checkpoint)
-    if request.evaluation.window > model.config.max_position_embeddings:
-        raise UserError(
-            f"evaluation.window {request.evaluation.window} exceeds the model's context of "
-            f"{model.config.max_position_embeddings}"
-        )
+    model, tokenizer = load_causal_lm(checkpoint)
+    context = subject_of(model).context
+    if context is not None and request.evaluation.window > context:
+        raise UserError(f"evaluation.window {request.evaluation.window} exceeds the model's context of {context}")
     text = load_corpus(request.corpus, request.split_seed)
 
     report = calibrate(

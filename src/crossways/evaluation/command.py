@@ -14,10 +14,11 @@ from rich.text import Text
 
 from crossways.evaluation.evaluate import Evaluated, evaluate_model
 from crossways.evaluation.settings import EvaluationSettings
-from crossways.models.checkpoint import load_checkpoint
 from crossways.settings import Settings
 from crossways.study.atomic import write_text_atomic
 from crossways.study.load import apply_overrides, load_recipe, validated
+from crossways.surgery.checkpoint import load_causal_lm
+from crossways.surgery.handle import handle_of
 from crossways.training.corpus import CorpusSettings, load_corpus
 
 
@@ -55,15 +56,15 @@ def evaluate_checkpoint(
         UserError: no such model, an impossible protocol, an empty corpus.
     """
     request = requested(checkpoint, recipe, overrides)
-    model, tokenizer = load_checkpoint(checkpoint)
-    model.config.causal_routing = causal or model.config.causal_routing
+    model, tokenizer = load_causal_lm(checkpoint)
+    causal = set_causal(model) if causal else bool(getattr(model.config, "causal_routing", False))
     corpus = load_corpus(request.corpus, request.split_seed)
     evaluated = evaluate_model(model.eval(), tokenizer, corpus, request.evaluation, out.parent / "cache")
     load = [router.model_dump(mode="json") for router in evaluated.expert_load]
     result = {
         "checkpoint": str(checkpoint),
         "settings": request.model_dump(mode="json"),
-        "causal_routing": model.config.causal_routing,
+        "causal_routing": causal,
         "evaluation": evaluated.evaluation.model_dump(mode="json"),
         "load_imbalance": evaluated.load_imbalance,
         "expert_load": load,
@@ -73,6 +74,16 @@ def evaluate_checkpoint(
     console.print(_table(evaluated, checkpoint))
     console.print(f"written to {out}", highlight=False, soft_wrap=True, markup=False)
     return evaluated
+
+
+def set_causal(model: Any) -> bool:
+    """Make a model route by its decode twins from now on; returns whether it has a routing to speak of."""
+    handle = handle_of(model)
+    if handle is not None:
+        handle.always_causal = True
+    elif hasattr(model.config, "causal_routing"):
+        model.config.causal_routing = True
+    return handle is not None or hasattr(model.config, "causal_routing")
 
 
 def requested(checkpoint: Path, recipe: str | None, overrides: Sequence[str]) -> EvaluationRequest:

@@ -5,11 +5,12 @@ Legend: R routers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from crossways.errors import UserError
 from crossways.evaluation.perplexity import Likelihood, score_batches
 from crossways.evaluation.settings import EvaluationSettings
+from crossways.evaluation.subject import subject_of
 from crossways.experts import resolve_backend
-from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+from crossways.models import CrosswaysConfig
 from crossways.perturb import DisableTop, perturbed
 from crossways.rules.registry import describe
-from crossways.rules.score import build_score
+from crossways.rules.score import Score, build_score
 from crossways.rules.select import Selection, build_selection
 from crossways.study.record import DisabledExpert, Evaluation, ExpertLoad, Protocol
+from crossways.surgery.handle import handle_of
 from crossways.training.corpus import Corpus, utf8_length
 from crossways.training.packing import token_counts
 from crossways.training.tokenizer import encode_documents
@@ -44,7 +47,7 @@ class Evaluated:
 
 
 def evaluate_model(
-    model: CrosswaysForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     corpus: Corpus,
     settings: EvaluationSettings,
@@ -53,7 +56,7 @@ def evaluate_model(
     """Score the corpus' validation documents under every condition the settings ask for.
 
     Args:
-        model: a causal language model, dense or routed.
+        model: a causal language model, dense or routed, of crossways or of transformers.
         tokenizer: the one it was trained with.
         corpus: validation documents to score; training documents give the unigram floor.
         settings: the protocol.
@@ -62,11 +65,9 @@ def evaluate_model(
     Raises:
         UserError: a window longer than the model's context, or a decode twin that was never estimated.
     """
-    config = model.config
-    if settings.window > config.max_position_embeddings:
-        raise UserError(
-            f"evaluation.window {settings.window} exceeds the model's context of {config.max_position_embeddings}"
-        )
+    subject = subject_of(model)
+    if subject.context is not None and settings.window > subject.context:
+        raise UserError(f"evaluation.window {settings.window} exceeds the model's context of {subject.context}")
     windows = _windows(tokenizer, corpus, settings)
     dtype = getattr(torch, settings.dtype)
 
@@ -76,7 +77,7 @@ def evaluate_model(
             return score_batches(model, batches, causal=causal, dtype=dtype)
 
     normal = score()
-    reason = leak_reason(config)
+    reason = leak_reason_of(model)
     twin = score(causal=True) if reason else None
     floor = unigram_bits_per_byte(
         token_counts(corpus, tokenizer, len(tokenizer), cache_dir),
@@ -88,17 +89,17 @@ def evaluate_model(
             protocol=_protocol(model, windows, settings),
             perplexity=normal.perplexity,
             bits_per_byte=normal.bits_per_byte(windows.num_bytes),
-            rule=rule_name(config),
+            rule=rule_of(model),
             leaky=bool(reason),
             leak_reason=reason,
             causal_perplexity=twin.perplexity if twin else None,
             causal_bits_per_byte=twin.bits_per_byte(windows.num_bytes) if twin else None,
             budget=normal.budget,
             causal_budget=twin.budget if twin else None,
-            disabled=_disabled(score, causal=bool(reason)) if config.moe_layers and settings.disable_top else None,
+            disabled=_disabled(score, causal=bool(reason)) if subject.routers and settings.disable_top else None,
             unigram_bits_per_byte=floor.bits_per_byte,
         ),
-        expert_load=expert_loads(config, normal.expert_load),
+        expert_load=expert_loads(list(subject.routers), normal.expert_load),
         load_imbalance=load_imbalance(normal.expert_load),
     )
 
@@ -114,7 +115,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: Evalu
     )
 
 
-def _protocol(model: CrosswaysForCausalLM, windows: EvaluationWindows, settings: EvaluationSettings) -> Protocol:
+def _protocol(model: Any, windows: EvaluationWindows, settings: EvaluationSettings) -> Protocol:
     return Protocol(
         window=settings.window,
         stride=settings.stride or settings.window,
@@ -124,7 +125,7 @@ def _protocol(model: CrosswaysForCausalLM, windows: EvaluationWindows, settings:
         boundaries="each document alone, after one end-of-text token",
         dtype=settings.dtype,
         batch_size=settings.batch_size,
-        experts_backend=resolve_backend(model.config.experts_backend, model.device, getattr(torch, settings.dtype)),
+        experts_backend=_backend(model, getattr(torch, settings.dtype)),
     )
 
 
@@ -136,8 +137,23 @@ def _disabled(score: Callable[..., Likelihood], *, causal: bool) -> DisabledExpe
     return DisabledExpert(raw=raw, renormalized=rescaled)
 
 
-def rule_name(config: CrosswaysConfig) -> str:
+def _backend(model: Any, dtype: torch.dtype) -> str:
+    """What computes the experts; of a model of transformers, its `experts_implementation`."""
+    if isinstance(model.config, CrosswaysConfig):
+        return resolve_backend(model.config.experts_backend, model.device, dtype)
+    return f"transformers {getattr(model.config, '_experts_implementation', None) or 'eager'}"
+
+
+def rule_of(model: Any) -> str:
     """The routing rule on one line, such as `top_k(k=2) of softmax()`; `dense` without routed layers."""
+    if isinstance(model.config, CrosswaysConfig):
+        return rule_name(model.config)
+    handle = handle_of(model)
+    return "dense, or its family's own" if handle is None else handle.describe()
+
+
+def rule_name(config: CrosswaysConfig) -> str:
+    """The routing rule of one of crossways' own models."""
     if not config.moe_layers:
         return "dense"
     return f"{describe(_selection(config))} of {describe(build_score(config.score))}"
@@ -147,7 +163,21 @@ def leak_reason(config: CrosswaysConfig) -> str:
     """Why the rule's perplexity flatters, in words; empty for a causal, batch-invariant rule or a dense model."""
     if not config.moe_layers or config.causal_routing:
         return ""
-    rules = _selection(config), build_score(config.score)
+    return _leak_of([_selection(config), build_score(config.score)])
+
+
+def leak_reason_of(model: Any) -> str:
+    """The same of any model."""
+    if isinstance(model.config, CrosswaysConfig):
+        return leak_reason(model.config)
+    handle = handle_of(model)
+    if handle is None or handle.always_causal:
+        return ""
+    routers = handle.routers.values()
+    return _leak_of([rule for router in routers for rule in (router.select, router.score)])
+
+
+def _leak_of(rules: Sequence[Selection | Score]) -> str:
     reasons = [] if all(rule.causal for rule in rules) else ["a token's experts depend on later tokens"]
     if not all(rule.batch_invariant for rule in rules):
         reasons.append("a token's experts depend on other rows of the batch")
@@ -166,9 +196,9 @@ def load_imbalance(expert_load: tuple[Tensor, ...]) -> float | None:
     return sum(ratios) / len(ratios)
 
 
-def expert_loads(config: CrosswaysConfig, expert_load: tuple[Tensor, ...]) -> tuple[ExpertLoad, ...]:
+def expert_loads(names: Sequence[str], expert_load: tuple[Tensor, ...]) -> tuple[ExpertLoad, ...]:
     """Name each router's load and scale it to sum to one."""
-    named = zip(config.router_names, expert_load, strict=True)
     return tuple(
-        ExpertLoad(router=name, load=tuple((load_E.double() / load_E.sum()).tolist())) for name, load_E in named
+        ExpertLoad(router=name, load=tuple((load_E.double() / load_E.sum()).tolist()))
+        for name, load_E in zip(names, expert_load, strict=True)
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crossways.models import CrosswaysForCausalLM
+from crossways.evaluation.subject import subject_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Likelihood:
 
 @torch.inference_mode()
 def score_batches(
-    model: CrosswaysForCausalLM,
+    model: Any,
     batches: Iterable[dict[str, Tensor]],
     *,
     causal: bool = False,
@@ -59,12 +60,14 @@ def score_batches(
     """Score batches of windows.
 
     Args:
-        model: put in evaluation mode for the duration.
+        model: a causal language model of crossways or of transformers, rerouted or not; put in evaluation mode for
+            the duration.
         batches: `input_ids`, `attention_mask` and `labels` (-100 where not scored), each int64 (B, S), as
             `crossways.training.windows.batch_windows` makes them.
         causal: route by the decode twins.
         dtype: float32, or a 16-bit type to compute under autocast. Log-probabilities are float32 in any case.
     """
+    subject = subject_of(model)
     device, was_training = model.device, model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -74,23 +77,14 @@ def score_batches(
         for batch in batches:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                outputs = model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=_mask(batch["attention_mask"]),
-                    causal_routing=causal,
-                    use_cache=False,
-                )
-            nats += _nats(outputs.logits, batch["labels"])
+                logits_BSV, loads_R = subject.run(batch, causal=causal)
+            nats += _nats(logits_BSV, batch["labels"])
             tokens += int((batch["labels"][:, 1:] != -100).sum())
             routed += int(batch["attention_mask"].sum())
-            loads = [a + b for a, b in zip(loads, outputs.expert_load, strict=True)] if loads else outputs.expert_load
+            loads = [a + b for a, b in zip(loads, loads_R, strict=True)] if loads else loads_R
     finally:
         model.train(was_training)
     return Likelihood(float(nats), tokens, routed, tuple(load_E.cpu() for load_E in loads))
-
-
-def _mask(attention_mask_BS: Tensor) -> Tensor | None:
-    return None if bool(attention_mask_BS.all()) else attention_mask_BS
 
 
 def _nats(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:

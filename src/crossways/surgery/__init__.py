@@ -1,0 +1,1 @@
+"""Change how a pretrained Mixture-of-Experts routes, without touching its code or its weights."""

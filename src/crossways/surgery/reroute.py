@@ -1,0 +1,140 @@
+"""`reroute`: change how a pretrained model routes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from crossways.errors import UserError
+from crossways.rules.registry import describe
+from crossways.rules.score import build_score
+from crossways.surgery.find import Block, find_blocks
+from crossways.surgery.handle import CONFIG_KEY, UNCHANGED, Change, Handle, handle_of
+from crossways.surgery.pass_state import find_decoder
+from crossways.surgery.probe import read_router
+from crossways.surgery.reading import Reading
+from crossways.surgery.rule import Rule, Spec, build_rule
+from crossways.surgery.site import GivenLogits, RoutedBlock, SiteRouter
+
+
+def reroute(
+    model: nn.Module,
+    rule: str | Rule | Mapping[str, Any] | None = None,
+    *,
+    select: Spec | None = None,
+    score: Spec | None = None,
+    k: float | Sequence[float] | None = None,
+    renormalize: bool | None = None,
+    weight_scale: float | None = None,
+) -> Handle:
+    """Route a transformers model by another rule, in place and without training.
+
+    Works on any model that keeps its experts in stacked weights with a router beside them whose behaviour can be read
+    (see `crossways.surgery.probe`). What is not asked for stays as the family has it: score, scaling, whether weights
+    sum to one, the number of experts per token, shared experts; its balancing bias too, unless another score is asked
+    for. Padding, by a two-dimensional attention mask, chooses nobody and competes for nothing. `generate`, and any
+    call with a filled cache, routes by the rule's decode twin; where that needs a cutoff, calibrate first
+    (`crossways.calibrate.calibrate`) or train.
+
+    Args:
+        model: changed until `Handle.undo`, or to the end of a `with`.
+        rule: a preset's name, such as "usmoe" (`crossways reroute --list`), a `Rule`, or its JSON. Without any
+            argument, the rule in the model's configuration, with what was calibrated, if it was saved rerouted.
+        select: a selection, by name or by its fields; instead of, or on top of, a preset's.
+        score: a score, likewise.
+        k: mean experts per token, one number or one for each routed layer.
+        renormalize: whether each token's weights sum to one.
+        weight_scale: factor on all weights.
+
+    Raises:
+        UserError: a rule that does not exist or does not fit, a model that is rerouted already.
+        UnknownRoutingError: a model that is not understood; the reason is in the message.
+    """
+    if (before := handle_of(model)) is not None:
+        raise UserError(f"{type(model).__name__} is rerouted already; undo that first (its handle: {before})")
+    changes = {"select": select, "score": score, "k": k, "renormalize": renormalize, "weight_scale": weight_scale}
+    saved = getattr(getattr(model, "config", None), CONFIG_KEY, None)
+    if rule is None and all(value is None for value in changes.values()) and saved is not None:
+        handle = _attach(model, Rule.from_json(saved["rule"]))
+        handle.set_estimates(saved["estimates"])
+        return handle
+    return _attach(model, build_rule(rule, **changes))  # type: ignore[arg-type]
+
+
+def _attach(model: nn.Module, rule: Rule) -> Handle:
+    """Read the model, then put the hooks on; nothing is changed if anything is not understood."""
+    blocks = find_blocks(model)
+    decoder = find_decoder(model, blocks)
+    readings = [read_router(block) for block in blocks]
+    if rule.budgets is not None and len(rule.budgets) != len(blocks):
+        raise UserError(f"{len(rule.budgets)} budgets were given for {len(blocks)} routed layers")
+    plans = [_plan(*pair, rule.of_layer(index)) for index, pair in enumerate(zip(blocks, readings, strict=True))]
+    routed = [
+        RoutedBlock(block, reading, router, own=own)
+        for block, reading, (router, own, _) in zip(blocks, readings, plans, strict=True)
+    ]
+    return Handle(model, decoder, rule, routed, [change for _, _, change in plans])
+
+
+def _plan(block: Block, reading: Reading, rule: Rule) -> tuple[SiteRouter, bool, Change]:
+    """What decides at a block, whether that is the family's own way, and the change in words."""
+    select = reading.select if rule.select is None else rule.selection(reading.k)
+    score = reading.score if rule.score is None else build_score(rule.score)
+    renormalize = reading.renormalize if rule.renormalize is None else rule.renormalize
+    scale = reading.weight_scale if rule.weight_scale is None else rule.weight_scale
+    kept = rule.renormalize in (None, reading.renormalize) and rule.weight_scale in (None, reading.weight_scale)
+    own = (
+        select == reading.select and kept and (rule.score is None or (score == reading.score and not reading.weighs))
+    )
+    router = SiteRouter(
+        reading.num_experts, score, select, renormalize=renormalize, weight_scale=scale, gate=GivenLogits()
+    )
+    change = Change(block.name, str(reading), UNCHANGED if own else _words(router), _note(reading, router, own=own))
+    return router, own, change
+
+
+def _words(router: SiteRouter) -> str:
+    text = f"{describe(router.select)} of {describe(router.score)}"
+    text += ", weights summing to one" if router.renormalize else ""
+    return text + (f", times {router.weight_scale:g}" if router.weight_scale != 1.0 else "")
+
+
+def _note(reading: Reading, router: SiteRouter, *, own: bool) -> str:
+    notes = []
+    if own:
+        return ""
+    if reading.bias and router.score != reading.score:
+        notes.append("balancing bias left out: it belongs to the other score")
+    if reading.weighs:
+        notes.append(f"{reading.weighs} weighs the family's own choice only; weights are now {router.score.name}")
+    if reading.hands_over == "dense":
+        notes.append("this family's experts compute every pair, chosen or not: no compute is saved")
+    if reading.probabilities:
+        notes.append("logits are the logarithms of the probabilities that the family hands over")
+    if router.has_cutoff or router.has_normaliser:
+        notes.append("generation needs a calibrated cutoff")
+    return "; ".join(notes)
+
+
+def from_pretrained(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
+    """Load a transformers model, and route it by the rule that was saved with it, if any.
+
+    Args:
+        path: folder or hub name, as for transformers.
+        auto_class: which of transformers' classes loads it; default `AutoModelForCausalLM`.
+        **kwargs: handed on.
+
+    Returns:
+        The model; `crossways.surgery.handle.handle_of(model)` is its handle, None if it was never rerouted.
+    """
+    if auto_class is None:
+        from transformers import AutoModelForCausalLM
+
+        auto_class = AutoModelForCausalLM
+    model = auto_class.from_pretrained(path, **kwargs)
+    if getattr(model.config, CONFIG_KEY, None) is not None:
+        reroute(model)
+    return model

@@ -1,0 +1,212 @@
+"""One rerouted block: hooks on its router and its experts.
+
+The family's router still computes its logits; a hook replaces what it chose. Chosen pairs leave in the family's own
+form, weights and indices (T, K), with K the most experts any token has and E as the index of an empty place. Before
+the experts see them, ragged choices become one row per pair, so that exactly the chosen pairs are computed, by
+whatever experts implementation the model uses.
+
+Legend: B batch, S sequence, T tokens, D model width, E experts, K most experts of a token, P chosen pairs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossways.assignment import Assignment
+from crossways.router import Router
+from crossways.routing import Context, Routing
+from crossways.surgery.find import Block
+from crossways.surgery.pass_state import PassState
+from crossways.surgery.reading import Reading, tensor_at
+
+
+class GivenLogits(nn.Module):
+    """The gate of a router whose logits come from somewhere else."""
+
+    def forward(self, logits_BSE: Tensor, context: Context) -> Tensor:
+        """(B, S, E), as it is."""
+        return logits_BSE
+
+
+class SiteRouter(Router):
+    """Decides by logits that the family's own router computed; may be told to repeat the family's own decision."""
+
+    executed: Assignment | None = None
+    """What the family itself decided in this pass, to be recorded instead of deciding anew."""
+
+    def _decide(
+        self, logits_BSE: Tensor, deciding_BSE: Tensor, allowed_BSE: Tensor | None, context: Context
+    ) -> Routing:
+        if self.executed is None:
+            return super()._decide(logits_BSE, deciding_BSE, allowed_BSE, context)
+        scores_TE = self.score(logits_BSE, context.valid_BS).flatten(0, 1)
+        return Routing(
+            logits_TE=logits_BSE.flatten(0, 1),
+            scores_TE=scores_TE,
+            choice_TE=scores_TE.detach(),
+            assignment=self.executed,
+            valid_T=None if context.valid_BS is None else context.valid_BS.flatten(),
+            num_rows=logits_BSE.shape[0],
+        )
+
+
+class RoutedBlock:
+    """The hooks of one block, and what they remember within a pass."""
+
+    def __init__(self, block: Block, reading: Reading, router: SiteRouter, *, own: bool) -> None:
+        """
+        Args:
+            block: what is rerouted.
+            reading: what its router does by itself.
+            router: what decides instead.
+            own: whether the rule is the family's own, which then runs untouched.
+        """
+        self.block, self.reading, self.router, self.own = block, reading, router, own
+        self.state: PassState | None = None
+        self.causal = False
+        self.cutoff_C: Tensor | None = None
+        self.normaliser_E: Tensor | None = None
+        self.routing: Routing | None = None
+        self._flat: tuple[Tensor, int] | None = None
+        self._handles = [block.router.register_forward_hook(self.after_router)]
+        if reading.hands_over == "pairs":
+            self._handles += [
+                block.experts.register_forward_pre_hook(self.before_experts, with_kwargs=True),
+                block.experts.register_forward_hook(self.after_experts),
+            ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def begin(self, state: PassState | None, *, causal: bool) -> None:
+        """Start a pass. Estimates are copied, so that recomputation under gradient checkpointing decides alike after
+        they have been updated."""
+        self.state, self.causal, self.routing = state, causal, None
+        self.cutoff_C, self.normaliser_E = self.router.snapshot("cutoff"), self.router.snapshot("normaliser")
+
+    def after_router(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the family's router: the same logits, other pairs."""
+        logits_TE = output[1] if self.reading.hands_over == "dense" else output[0]
+        self.router.to(logits_TE.device).train(module.training)
+        untouched = self.own and self.router.perturbation is None
+        self.router.executed = self._executed(output) if untouched else None
+        self.routing = self.router(self._rows(logits_TE), self._context())
+        if untouched:
+            return output
+        return self._handed_over(output, self._scaled(self.routing.assignment))
+
+    def _rows(self, logits_TE: Tensor) -> Tensor:
+        """Float32 logits (B, S, E)."""
+        num_experts = logits_TE.shape[-1]
+        logits_TE = logits_TE.reshape(-1, num_experts).float()
+        if self.reading.probabilities:
+            logits_TE = logits_TE.log()
+        return logits_TE.reshape((*self._shape(len(logits_TE)), num_experts))
+
+    def _shape(self, tokens: int) -> tuple[int, int]:
+        """(B, S); one row if the router was called by itself."""
+        state = self.state
+        known = state is not None and state.rows * state.length == tokens
+        return (state.rows, state.length) if known and state is not None else (1, tokens)
+
+    def _context(self) -> Context:
+        state, bias = self.state, None
+        if self.reading.bias is not None and self.router.score == self.reading.score:
+            bias = tensor_at(self.block.parent, self.reading.bias).float().flatten()
+        return Context(
+            valid_BS=state.valid_BS if state else None,
+            causal=self.causal,
+            token_ids_BS=state.token_ids_BS if state else None,
+            cutoff_C=_on(self.cutoff_C, self.router),
+            normaliser_E=_on(self.normaliser_E, self.router),
+            bias_E=bias,
+        )
+
+    def _executed(self, output: Any) -> Assignment:
+        """The family's own choice; padding, which it routes too, is not recorded."""
+        num_experts = self.reading.num_experts
+        if self.reading.hands_over == "dense":
+            weight_TE = output[0].reshape(-1, num_experts)
+            mask_TE = weight_TE > 0
+            return Assignment.from_mask(mask_TE & self._valid(mask_TE), weight_TE)
+        weight_TK, index_TK = (part.reshape(-1, part.shape[-1]) for part in output[1:])
+        mask_TE = torch.zeros(len(index_TK), num_experts, dtype=torch.bool, device=index_TK.device)
+        mask_TE = mask_TE.scatter(-1, index_TK, True)
+        weight_TE = weight_TK.new_zeros(mask_TE.shape).scatter(-1, index_TK, weight_TK)
+        return Assignment.from_mask(mask_TE & self._valid(mask_TE), weight_TE)
+
+    def _valid(self, mask_TE: Tensor) -> Tensor:
+        if self.state is None or self.state.valid_BS is None or self.state.valid_BS.numel() != len(mask_TE):
+            return torch.ones_like(mask_TE[:, :1])
+        return self.state.valid_BS.reshape(-1, 1).to(mask_TE.device)
+
+    def _scaled(self, assignment: Assignment) -> Assignment:
+        """With the family's factor of each expert, if it has one."""
+        if self.reading.factor is None:
+            return assignment
+        factor_E = tensor_at(self.block.parent, self.reading.factor).flatten()
+        return assignment.with_weights(assignment.weight_P * factor_E[assignment.expert_P].to(assignment.weight_P))
+
+    def _handed_over(self, output: Any, assignment: Assignment) -> Any:
+        """The assignment in the form in which the family's router hands over its own."""
+        if self.reading.hands_over == "dense":
+            return assignment.to_dense().to(output[0].dtype).reshape(output[0].shape), output[1]
+        weight_TK, index_TK = rectangular(assignment)
+        lead = output[2].shape[:-1]
+        index_TK = index_TK.to(output[2].dtype).reshape(*lead, -1)
+        return output[0], weight_TK.to(output[1].dtype).reshape(*lead, -1), index_TK
+
+    def before_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the experts: one row per chosen pair, unless every place is taken."""
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        x, index, weight = list(bound.arguments)[:3]
+        x_TD, index_TK, weight_TK = (bound.arguments[name] for name in (x, index, weight))
+        taken_TK = index_TK < self.reading.num_experts
+        self._flat = None
+        if bool(taken_TK.all()):
+            return None
+        token_P = taken_TK.nonzero()[:, 0]
+        expert_P, weight_P = index_TK[taken_TK], weight_TK[taken_TK]
+        self._flat = (token_P, len(x_TD))
+        if not len(token_P):  # no pair at all: experts need a row, and a weight of zero makes it nothing
+            token_P, expert_P = token_P.new_zeros(1), expert_P.new_zeros(1)
+            weight_P = weight_P.new_zeros(1)
+            self._flat = (token_P, len(x_TD))
+        bound.arguments |= {x: x_TD[token_P], index: expert_P[:, None], weight: weight_P[:, None]}
+        return bound.args, bound.kwargs
+
+    def after_experts(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook of the experts: sum the rows of each token, in float32 as a 16-bit sum would lose digits."""
+        if self._flat is None:
+            return None
+        token_P, tokens = self._flat
+        self._flat = None
+        wide_PD = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        summed_TD = wide_PD.new_zeros(tokens, output.shape[-1]).index_add(0, token_P, wide_PD)
+        return summed_TD.to(output.dtype)
+
+
+def rectangular(assignment: Assignment) -> tuple[Tensor, Tensor]:
+    """Weights and expert indices, each (T, K), of a ragged assignment: each token's pairs by expert, then empty
+    places of index E and weight zero. K is the most experts of any token, at least 1."""
+    tokens, num_experts = assignment.num_tokens, assignment.num_experts
+    order_P = torch.argsort(assignment.token_P, stable=True)
+    token_P = assignment.token_P[order_P]
+    count_T = assignment.experts_per_token_T()
+    place_P = torch.arange(len(token_P), device=token_P.device) - (count_T.cumsum(0) - count_T)[token_P]
+    most = max(int(count_T.max()) if tokens else 1, 1)
+    index_TK = count_T.new_full((tokens, most), num_experts)
+    index_TK[token_P, place_P] = assignment.expert_P[order_P]
+    weight_TK = assignment.weight_P.new_zeros(tokens, most)
+    return weight_TK.index_put((token_P, place_P), assignment.weight_P[order_P]), index_TK
+
+
+def _on(estimate: Tensor | None, router: Router) -> Tensor | None:
+    device = next(router.buffers(), torch.empty(0)).device
+    return None if estimate is None else estimate.to(device)
