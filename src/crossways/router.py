@@ -22,8 +22,8 @@ from crossways.rules.select import Selection, Threshold
 @dataclass(frozen=True)
 class Sparsity:
     """How the weight of the sparsity loss follows the density of what is executed (ReMoE, Wang et al. 2024, arXiv
-    2412.14711, section 3): multiplied by `growth` after a batch that is too dense, divided by it after a too sparse
-    one."""
+    2412.14711, section 3.3, eq. 7-8): multiplied by `growth` after a batch that is too dense, divided by
+    it after a too sparse one."""
 
     target: float
     """Share of pairs to execute, k / E, above 0 and at most 1."""
@@ -44,7 +44,7 @@ class Router(nn.Module):
     What is learnt without gradients are buffers, float32 and part of the checkpoint, only where they are needed:
     `cutoff` (C,), the running estimate of the decode twin's threshold; `normaliser` (E,), that of its score; `bias`
     (E,), what loss-free balancing adds to the scores when choosing (DeepSeek-V3, arXiv 2412.19437, eq. 16); and
-    `sparsity_coef` (), the weight of the sparsity loss that ReMoE adapts (arXiv 2412.14711, section 3).
+    `sparsity_coef` (), the weight of the sparsity loss that ReMoE adapts (arXiv 2412.14711, eq. 7).
     """
 
     cutoff: Tensor

@@ -53,7 +53,7 @@ _FUNCTIONS: dict[str, tuple[_Function, bool]] = {
 class Activation:
     """An expert's activation, by name.
 
-    Gated ones (`swiglu`, `geglu`, `reglu`; Shazeer 2020, arXiv 2002.05202, section 2) multiply f(gate) by up, the
+    Gated ones (`swiglu`, `geglu`, `reglu`; Shazeer 2020, arXiv 2002.05202) multiply f(gate) by up, the
     gate being the first half of the columns; plain ones (`silu`, `gelu`, `relu`) apply f.
 
     Raises:

@@ -14,7 +14,7 @@ from crossways.assignment import Assignment
 
 class ZeroComputationExperts(nn.Module):
     """Experts that cost next to nothing, numbered zero, copy, constant (MoE++, Jin et al. 2024, arXiv 2410.07348,
-    section 3.1): E_zero(x) = 0; E_copy(x) = x; E_const(x) = a_1 x + a_2 v with [a_1, a_2] = softmax(W_c x), v and W_c
+    eq. 3-5): E_zero(x) = 0; E_copy(x) = x; E_const(x) = a_1 x + a_2 v with [a_1, a_2] = softmax(W_c x), v and W_c
     learnt, one pair for each constant expert.
 
     The router scores them beside the feed-forward experts; a simple token that goes here leaves room for others.

@@ -21,8 +21,8 @@ MIN_NORM = 1e-4
 
 class CosineGate(Gate):
     """Logits cos(P x, e_i) / tau: project to R dimensions, compare directions with expert embeddings, divide by a
-    learnt temperature (X-MoE, Chi et al. 2022, arXiv 2204.09179, the section on routing on a hypersphere: dimension
-    reduction, L2 normalisation, learnable temperature; we could not check its equation numbers).
+    learnt temperature (X-MoE, Chi et al. 2022, arXiv 2204.09179, section 3.1, eq. 7 and 8). The paper starts the
+    embeddings with norm 0.1 and keeps it, against assignments that jump: `embedding_norm=0.1`.
 
     With `normalize_input=False`, `learn_temperature=False`, `temperature=1`, `dim=8` and `embedding_norm=1.5` it is
     the gate that USMoE's authors (arXiv 2503.22996) call XMoE in their code: P x is compared as it is with unit
@@ -90,20 +90,23 @@ class CosineGate(Gate):
 
 @dataclass(frozen=True)
 class Cosine(GateSpec):
-    """Cosine with expert embeddings in a low dimension, over a temperature. The defaults are X-MoE's."""
+    """Cosine with expert embeddings in a low dimension, over a temperature. The defaults are X-MoE's, but for the
+    norm of the embeddings, which stays free."""
 
     name: ClassVar[str] = "cosine"
 
     dim: int | None = None
     """Routing dimension, at least 1; None is half the number of experts, X-MoE's choice. USMoE's code: 8."""
     temperature: float = 0.3
-    """Start (or fixed value) of the temperature, above 0: 0.3 with softmax and 0.07 with sigmoid scores in X-MoE."""
+    """Start (or fixed value) of the temperature, above 0. X-MoE gives 0.3 for softmax and 0.07 for sigmoid scores,
+    with the symbol of its balance loss' fixed temperature; where the learnt one starts it does not say."""
     learn_temperature: bool = True
     """Whether the temperature is a parameter."""
     normalize_input: bool = True
     """Whether the projected input is normalised too, so that logits lie in [-1 / temperature, 1 / temperature]."""
     embedding_norm: float | None = None
-    """Norm that the embeddings are put back to before each training pass (1.5 in USMoE's code); None leaves them."""
+    """Norm that the embeddings are put back to before each training pass (0.1 in X-MoE, 1.5 in USMoE's code); None
+    leaves them."""
 
     def __post_init__(self) -> None:
         if self.dim is not None:

@@ -24,7 +24,7 @@ disabling the named experts leaves a defined next choice."""
 
 class HashGate(Gate):
     """Logits 0 for the K experts that a fixed table names for the token's id, and `NOT_CHOSEN` for the rest (Hash
-    Layers, Roller et al. 2021, arXiv 2106.04426, section 3, random hash). Softmax and top-k with the same K choose
+    Layers, Roller et al. 2021, arXiv 2106.04426, random hash). Softmax and top-k with the same K choose
     exactly these, each with weight 1 / K.
 
     The paper routes to one expert; K = 2 distinct ones is the baseline of CartesianMoE (arXiv 2410.16077). The table
@@ -48,7 +48,7 @@ class HashGate(Gate):
 
     @torch.no_grad()
     def balance(self, counts_V: Tensor) -> None:
-        """The balanced hash of the paper (section 3.1): from the commonest id to the rarest, each takes the K experts
+        """The paper's balanced hash: from the commonest id to the rarest, each takes the K experts
         with the fewest tokens so far.
 
         Args:

@@ -17,7 +17,7 @@ from crossways.routing import Context
 
 class LowRankGate(Gate):
     """Logits (W_0 + U_l V_l) x with W_0 shared by L layers and U_l (E, R), V_l (R, D) of each layer's own
-    (LowRank-MoE, a baseline of PathMoE, arXiv 2603.18297).
+    (LowRank-MoE, a baseline of PathMoE, Gu et al. 2026, arXiv 2603.18297).
 
     The paper's rank, scope of sharing and initialisation are unknown to us; the form is our reading of its
     description. The sharing plan sets the scope. U_l starts at zero, so training starts from plain sharing (and V_l

@@ -17,7 +17,7 @@ from crossways.routing import Context
 
 class RandomGate(Gate):
     """Logits W x with a W that is drawn at initialisation and then fixed (Rand-MoE of PathMoE, arXiv 2603.18297;
-    the router of SMoE-Dropout, arXiv 2303.01610, section 3).
+    the router of SMoE-Dropout, Chen et al. 2023, arXiv 2303.01610).
 
     W is a buffer: no optimizer sees it, weight decay does not shrink it, and it is saved and loaded. Gradients still
     reach x through the weights of the chosen experts. The papers do not give the scale of W (SMoE-Dropout's code has

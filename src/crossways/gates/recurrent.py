@@ -17,7 +17,8 @@ from crossways.routing import Context, GateOutput
 
 class RecurrentGate(Gate):
     """x'_l = P_l x_l, h_l = GRU(x'_l, h_(l-1)), logits G_l h_l, with h before the first layer zero (layer-wise
-    recurrent router, arXiv 2408.06793, equations 4 to 6; Recurrent-MoE of PathMoE, arXiv 2603.18297).
+    recurrent router, Qiu et al. 2024, arXiv 2408.06793, section 3.2, eq. 4-6; Recurrent-MoE of PathMoE, arXiv
+    2603.18297).
 
     The GRU is one for all layers that share the gate; P_l and G_l are each layer's own in the paper, and one for all
     with `shared_projection` and `shared_head`. Each token's state goes from layer to layer, never from token to
@@ -94,7 +95,7 @@ class Recurrent(GateSpec):
     name: ClassVar[str] = "recurrent"
 
     state_size: int = 256
-    """Width of the state, at least 1; 256 is the default of the authors' code, small models want less."""
+    """Width of the state, at least 1; 128 in most of the paper's settings, 256 is the default of its code."""
     shared_projection: bool = False
     """One projection into the GRU for all layers, instead of one each."""
     shared_head: bool = False

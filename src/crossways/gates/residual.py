@@ -16,7 +16,7 @@ from crossways.routing import Context
 
 
 class ResidualGate(Gate):
-    """Logits G_l = W x + W_g G_(l-1), and G_1 = W x (MoE++, Jin et al. 2024, arXiv 2410.07348, section 3.2), so that
+    """Logits G_l = W x + W_g G_(l-1), and G_1 = W x (MoE++, Jin et al. 2024, arXiv 2410.07348, eq. 6), so that
     a token's path so far has a say. In a Cartesian layer each factor reads the same factor of the layer before.
 
     Both matrices start as the model's other weights do. In the first routed layer W_g is multiplied by zeros: it gets

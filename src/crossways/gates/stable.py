@@ -24,7 +24,7 @@ from crossways.routing import Context, GateOutput
 
 
 class StableGate(Gate):
-    """Two stages (StableMoE, Dai et al. 2022, arXiv 2204.08396, section 3).
+    """Two stages (StableMoE, Dai et al. 2022, arXiv 2204.08396, section 3, eq. 6-7, 9-10 and 12-14).
 
     Stage 1: the backbone's logits W x choose and weigh; a word-embedding router, logits C r(token), learns by
     cross-entropy to name the backbone's first choice (returned as the gate's loss). Stage 2, from `freeze_after`
@@ -32,7 +32,8 @@ class StableGate(Gate):
     weighs, and goes on learning. Outside training the distilled router chooses in both stages, as in the authors'
     code. The paper routes to one expert with sigmoid weights, y = sigmoid(w_i x) FFN_i(x).
 
-    Its balance loss of stage 1 is a form of its own; ours is the configuration's, and is left out in stage 2. Under
+    The distillation loss is a mean over tokens here, a sum in eq. 10. The balance loss of stage 1 (eq. 8) is a form
+    of its own; ours is the configuration's, and is left out in stage 2. Under
     distributed data parallel, stage 2 needs `find_unused_parameters`: the distilled router gets no gradient there.
     """
 
@@ -85,10 +86,10 @@ class Stable(GateSpec):
     scheduled: ClassVar[bool] = True
 
     freeze_after: int
-    """Training passes of stage 1, at least 0; about a tenth of all in the paper (unchecked). Passes, not
-    optimizer steps: with gradients accumulated over n batches, n times as many."""
+    """Training passes of stage 1, at least 0; a tenth of all in the paper's language models (6,000 of 60,000).
+    Passes, not optimizer steps: with gradients accumulated over n batches, n times as many."""
     dim: int = 50
-    """Width of the word embeddings, at least 1; 50 in the authors' code."""
+    """Width of the word embeddings, at least 1; 50 in the paper."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "freeze_after", check_whole(self.name, "freeze_after", self.freeze_after, least=0))

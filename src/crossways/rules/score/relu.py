@@ -15,7 +15,7 @@ from crossways.rules.score.base import Score
 
 @dataclass(frozen=True)
 class Relu(Score):
-    """s = max(0, W x), elementwise (ReMoE, Wang et al. 2024, arXiv 2412.14711, section 3).
+    """s = max(0, W x), elementwise (ReMoE, Wang et al. 2024, arXiv 2412.14711, section 3.2, eq. 5).
 
     With the selection `positive` the layer is continuous in the logits. A logit below zero gets no gradient, so an
     expert that no token wants stays unwanted: ReMoE starts dense and lets its penalty grow slowly.

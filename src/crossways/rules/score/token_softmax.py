@@ -21,7 +21,7 @@ Group = Literal["sequence", "batch"]
 @dataclass(frozen=True)
 class TokenSoftmax(Score):
     """v[t, e] = (n / E) exp(s[t, e]) / sum_t' exp(s[t', e]), over the n valid tokens of a group: the score of expert
-    choice in USMoE's terms (arXiv 2503.22996, definition 3.2, f_t as a softmax over tokens; the authors' published
+    choice in USMoE's terms (arXiv 2503.22996v2, definition 3.2, f_t as a softmax over tokens; the authors' published
     code uses the sigmoid of `unified` and keeps variants of this only as comments).
 
     The factor n / E is ours: it makes v 1 / E at equal logits, the scale of a softmax over experts, whatever the

@@ -19,7 +19,7 @@ ExpertPart = Literal["sigmoid", "softmax_over_tokens"]
 
 @dataclass(frozen=True)
 class Unified(Score):
-    """u = alpha * softmax(s) + (1 - alpha) * 2 * sigmoid(s) / E (USMoE, arXiv 2503.22996, definition 3.2).
+    """u = alpha * softmax(s) + (1 - alpha) * 2 * sigmoid(s) / E (USMoE, arXiv 2503.22996v2, definition 3.2).
 
     The two parts are the score of token choice and that of expert choice; their form and alpha = 0.5 are those of
     the authors' published code. The factor 2 / E puts both on one scale: each is 1 / E at logits of zero. The sigmoid

@@ -22,12 +22,12 @@ Group = Literal["sequence", "batch"]
 @dataclass(frozen=True)
 class Base(Selection):
     """One expert for each token, maximising the total of the logits subject to equal loads (BASE layers, Lewis et al.
-    2021, arXiv 2103.16716, section 3.1: a linear assignment problem).
+    2021, arXiv 2103.16716, section 3.2.1, eq. 2: a linear assignment problem).
 
     Where n tokens do not divide by E experts, each takes at most ceil(n / E). Chooses by the logits h w_e and weighs
-    by the score, which is `sigmoid` in the paper. Every token's place depends on all others; the decode twin is the
-    greedy choice that the paper uses for evaluation. Solved on the CPU, one group after the other: for studies, not
-    for speed (a group of 1,024 tokens takes tens of milliseconds).
+    by the score, which is `sigmoid` in the paper (eq. 1). Every token's place depends on all others; the decode twin
+    is the greedy choice that the paper uses for evaluation (section 3.2.2). Solved on the CPU, one group after the
+    other: for studies, not for speed (a group of 1,024 tokens takes tens of milliseconds).
     """
 
     name: ClassVar[str] = "base"

@@ -37,7 +37,9 @@ class Capacity(Selection):
 
     Switch Transformers (arXiv 2101.03961, eq. 3) is k = 1, raw softmax weights; GShard (arXiv 2006.16668, section
     2.2 and algorithm 1) is k = 2 with `normalize` and `second = random`. First choices are served before second ones,
-    and among them earlier positions first (rows of a batch one after the other), or greater scores first.
+    and among them earlier positions first (rows of a batch one after the other), or greater scores first. A second
+    choice that chance leaves out takes no place in the queue, as in fairseq's GShard; in the algorithm as printed it
+    does.
 
     Nothing but C makes the order of service by position and k = 1 look ahead, and that is enough: C grows with the
     number of tokens, so a token that is dropped in a prefix may be served in the whole text. No finite factor is

@@ -21,7 +21,7 @@ Group = Literal["sequence", "batch"]
 @dataclass(frozen=True)
 class ExpertChoice(Selection):
     """Each expert takes the n k / E tokens of greatest score in its group of n (Zhou et al. 2022, arXiv 2202.09368,
-    section 3.2: k = n c / e, S = softmax over experts, top-k over tokens, weights are the raw scores).
+    section 3.2, eq. 1-2: k = n c / e, S = softmax over experts, top-k over tokens, weights are the raw scores).
 
     Loads are equal by construction; a token may get from zero to E experts. Later tokens, and with group `batch`
     other rows, take places from earlier ones, so the decode twin is one threshold per expert.

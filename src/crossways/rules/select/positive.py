@@ -16,7 +16,8 @@ from crossways.rules.select.base import Selection
 
 @dataclass(frozen=True)
 class Positive(Selection):
-    """S_t = {e: score[t, e] > 0} (ReMoE, Wang et al. 2024, arXiv 2412.14711: y = sum_e ReLU(W x)_e FFN_e(x)).
+    """S_t = {e: score[t, e] > 0} (ReMoE, Wang et al. 2024, arXiv 2412.14711, eq. 5: y = sum_e ReLU(W x)_e
+    FFN_e(x)).
 
     Meant for the score `relu`, which is zero where it is not positive: the output is then continuous in the logits,
     since an expert enters and leaves with weight zero. The budget follows the scores; ReMoE steers it with the

@@ -23,7 +23,7 @@ Group = Literal["sequence", "batch"]
 class Sinkhorn(Selection):
     """S_t = the k best entries of row t of diag(a) exp(W x) diag(b), where a and b make every row sum to 1/n and
     every column to 1/E (Sinkhorn's iteration for entropic optimal transport; S-BASE, Clark et al. 2022, arXiv
-    2202.01169, section 4; the stop when the mean change of b falls below 1e-4 is Megatron-LM's).
+    2202.01169; the stop when the mean change of b falls below 1e-4 is Megatron-LM's).
 
     Chooses by the logits; weights are the raw scores and carry all gradient (Megatron: `sigmoid` for k = 1, `softmax`
     otherwise). Loads are nearly, not exactly, equal. Every token of a group shifts b, so the decode twin is top-k,

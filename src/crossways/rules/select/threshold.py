@@ -21,7 +21,7 @@ from crossways.rules.select.base import Selection, check_budget, check_number, v
 class Threshold(Selection):
     """X = {(t, e): score[t, e] >= cutoff}: causal and batch-invariant, with the budget met on average only.
 
-    By the optimality condition of USMoE's linear program (arXiv 2503.22996, proposition 3.1) the top-c pairs are
+    By the optimality condition of USMoE's linear program (arXiv 2503.22996v2, proposition 3.1) the top-c pairs are
     those above a common cutoff, the price of one unit of budget; expert choice has one such price per expert. A
     router learns the cutoff as a running estimate (`Router.observe`) and hands it over with `at`.
     """

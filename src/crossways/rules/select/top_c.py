@@ -20,8 +20,8 @@ Group = Literal["sequence", "batch", "position"]
 
 @dataclass(frozen=True)
 class TopC(Selection):
-    """The c pairs of greatest score in each group, c = round(k * tokens of the group) (USMoE, arXiv 2503.22996,
-    proposition 3.1: the optimum of max sum x_te s_te subject to sum x_te <= c, x in {0, 1}).
+    """The c pairs of greatest score in each group, c = round(k * tokens of the group) (USMoE, Do et al. 2025, arXiv
+    2503.22996v2, proposition 3.1: the optimum of max sum x_te s_te subject to sum x_te <= c, x in {0, 1}).
 
     A token may get from zero to E experts. Padding neither competes nor adds to c. Groups: `sequence` as in the
     authors' training-free code, `position` (across the batch at one time step) as in their from-scratch code,

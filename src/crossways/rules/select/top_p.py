@@ -20,7 +20,8 @@ from crossways.rules.select.base import Selection, check_number, check_whole
 @dataclass(frozen=True)
 class TopP(Selection):
     """S_t = the fewest experts whose probabilities sum to at least p, taken from the greatest down, at most `cap`
-    (Huang et al. 2024, arXiv 2403.07652, section 3.1; the baseline of CartesianMoE, arXiv 2410.16077, with p = 0.4).
+    (Huang et al. 2024, arXiv 2403.07652, and its authors' code; the baseline of CartesianMoE, arXiv 2410.16077, with
+    p = 0.4).
 
     An easy token, sure of its expert, takes one; a hard one takes several. At least one is always taken. The sum runs
     over the scores as they are, so p means a probability with `softmax` only; experts that must not be chosen lend
