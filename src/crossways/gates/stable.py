@@ -27,13 +27,12 @@ class StableGate(Gate):
     """Two stages (StableMoE, Dai et al. 2022, arXiv 2204.08396, section 3, eq. 6-7, 9-10 and 12-14).
 
     Stage 1: the backbone's logits W x choose and weigh; a word-embedding router, logits C r(token), learns by
-    cross-entropy to name the backbone's first choice (returned as the gate's loss). Stage 2, from `freeze_after`
-    training passes on: the distilled router chooses and no longer changes, so a token id keeps its experts; W x only
-    weighs, and goes on learning. Outside training the distilled router chooses in both stages, as in the authors'
-    code. The paper routes to one expert with sigmoid weights, y = sigmoid(w_i x) FFN_i(x).
+    cross-entropy to name the backbone's first choice (eq. 10 as a mean over tokens, the gate's loss). Stage 2, from
+    `freeze_after` training passes on: the distilled router chooses and no longer changes, so a token id keeps its
+    experts; W x only weighs, and goes on learning. Outside training the distilled router chooses in both stages, as
+    in the authors' code. The paper routes to one expert with sigmoid weights, y = sigmoid(w_i x) FFN_i(x).
 
-    The distillation loss is a mean over tokens here, a sum in eq. 10. The balance loss of stage 1 (eq. 8) is a form
-    of its own; ours is the configuration's, and is left out in stage 2. Under
+    Its balance loss of stage 1 is a form of its own; ours is the configuration's, and is left out in stage 2. Under
     distributed data parallel, stage 2 needs `find_unused_parameters`: the distilled router gets no gradient there.
     """
 
