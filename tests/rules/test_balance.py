@@ -123,6 +123,15 @@ def test_sequence_balance_by_hand():
     assert loss.item() == pytest.approx((2 * 1 / 2 + 2 * 1) / 2)
 
 
+def test_the_sequence_loss_is_deepseek_v2s_expert_level_loss():
+    # Eq. 23-25 with N_r = 3, K_r = 2, T = 2 in each of two sequences: f = 3 n / 4, softmax scores used as they are.
+    # Sequence 1: n = (2, 1, 1), P = (0.5, 0.3, 0.2): 1.5 * 0.5 + 0.75 * 0.5 = 1.125.
+    # Sequence 2: n = (0, 2, 2), P = (0.15, 0.4, 0.45): 1.5 * 0.85 = 1.275.
+    scores_TE = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.3, 0.3], [0.2, 0.4, 0.4], [0.1, 0.4, 0.5]])
+    chosen = assignment_of([[0.6, 0.3, 0.0], [0.4, 0.0, 0.3], [0.0, 0.4, 0.4], [0.0, 0.4, 0.5]])
+    assert sequence_balance_loss(scores_TE, chosen, 2).item() == pytest.approx((1.125 + 1.275) / 2)
+
+
 def test_sequence_balance_sees_what_the_batch_hides():
     scores_TE = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     chosen = assignment_of([[1.0, 0.0], [0.0, 1.0]])

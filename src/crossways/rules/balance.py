@@ -23,9 +23,10 @@ def _mean_over_tokens(x_TX: Tensor) -> Tensor:
 def load_balance_loss(
     logits_TE: Tensor, assignment: Assignment, valid_T: Tensor | None = None, share_E: Tensor | None = None
 ) -> Tensor:
-    """E * sum_e f_e P_e (Switch Transformers, arXiv 2101.03961, eq. 4-6; 1/k: DeepSeekMoE, arXiv 2401.06066, eq. 12).
+    """E * sum_e f_e P_e (Switch Transformers, arXiv 2101.03961, eq. 4-6; 1/k: DeepSeekMoE, arXiv 2401.06066, eq. 13).
 
-    f_e is expert e's share of the executed pairs, P_e its mean softmax probability. Both sum to one, so perfect
+    f_e is expert e's share of the executed pairs (Switch counts those asked for, before any is dropped, GShard, arXiv
+    2006.16668, algorithm 1, first choices alone), P_e its mean softmax probability. Both sum to one, so perfect
     balance gives 1 for any k; transformers' `load_balancing_loss_func` counts each of the k choices in full and
     gives k times this.
 
@@ -33,8 +34,9 @@ def load_balance_loss(
         logits_TE: raw router logits (T, E).
         assignment: what was executed; its loads carry no gradient.
         valid_T: boolean (T,), false for padding, or None.
-        share_E: factor on each expert's term, float32 (E,), or None for one. MoE++ (arXiv 2410.07348, section 3.3)
-            takes tau <= 1 for zero-computation experts, so that the balance point sends them more tokens.
+        share_E: factor on each expert's term, float32 (E,), or None for one. MoE++ (arXiv 2410.07348, eq. 7) takes
+            tau <= 1 for zero-computation experts, so that the balance point sends them more tokens; its formula lacks
+            E / k, so its weight 0.01 is 0.01 k / E here.
 
     Returns:
         Float32 scalar; zero when nothing was chosen or there is nothing but padding.
@@ -59,8 +61,10 @@ def sequence_balance_loss(
     """Mean over rows of E * sum_e f_e P_e within one row (DeepSeek-V3, arXiv 2412.19437, eq. 17-20): f_e is expert
     e's share of the row's executed pairs, P_e its mean score after each token's scores were scaled to sum to one.
 
-    It keeps single sequences from collapsing on few experts where a bias balances the batch as a whole; DeepSeek-V3
-    gives it the weight 0.0001. Rows of padding count as zero.
+    Eq. 18 counts the k best scores without bias and groups, here the executed pairs count. With softmax scores this
+    is DeepSeek-V2's expert-level loss (arXiv 2405.04434, eq. 23-25). It keeps single sequences from collapsing on few
+    experts where a bias balances the batch as a whole; DeepSeek-V3 gives it the weight 0.0001. Rows of padding count
+    as zero.
 
     Args:
         scores_TE: non-negative scores (T, E), row-major.
@@ -95,9 +99,9 @@ def importance_loss(assignment: Assignment) -> Tensor:
 
 def entropy_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
     """sum_e p_e log p_e with p the mean softmax of the tokens (sigma-MoE, Csordas et al. 2023, arXiv 2310.10837,
-    section 5): minus the entropy of the average choice, from -log E (balanced) to 0 (one expert).
+    section 5, eq. 20-21): minus the entropy of the average choice, from -log E (balanced) to 0 (one expert).
 
-    A softmax although the layer's scores are sigmoids; 0.001 to 0.01 in the paper.
+    A softmax although the layer's scores are sigmoids; 0.0001 to 0.001 in the paper.
 
     Returns:
         Float32 scalar; zero when there is nothing but padding.
@@ -107,7 +111,7 @@ def entropy_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
 
 
 def sparsity_loss(scores_TE: Tensor, assignment: Assignment, budget: float, valid_T: Tensor | None = None) -> Tensor:
-    """sum_e f_e mean_t s[t, e] with f_e = E load_e / (k T) (ReMoE, Wang et al. 2024, arXiv 2412.14711, section 3): an
+    """sum_e f_e mean_t s[t, e] with f_e = E load_e / (k T) (ReMoE, Wang et al. 2024, arXiv 2412.14711, eq. 10-11): an
     L1 penalty on the scores, heavier for experts that run more than the k T / E times of balance.
 
     Its weight is adapted by `crossways.router.Sparsity` until k experts run per token.
