@@ -116,7 +116,7 @@ def presets() -> dict[str, Preset]:
         "top-p": Preset(
             Rule({"name": "top_p", "p": 0.4}),
             "each token takes experts up to a share of probability",
-            "arXiv 2403.07652",
+            "Huang et al. 2024, arXiv 2403.07652",
         ),
     }
 
