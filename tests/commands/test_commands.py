@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from crossways import cli
-from crossways.evaluation.command import load_checkpoint
 from crossways.methods import methods
+from crossways.models.checkpoint import load_checkpoint
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ def load_causal_lm(name: str | Path, **kwargs: Any) -> tuple[Any, PreTrainedToke
     """
     register()
     folder = Path(name)
-    if not folder.exists() and folder.is_absolute():
-        raise UserError(f"{name} does not exist")
+    if not folder.exists() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
+        raise UserError(f"{name} holds no saved model: it does not exist")  # hub names have one slash at most
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name} holds no saved model: there is no config.json in it")
     try:
