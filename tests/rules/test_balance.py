@@ -208,3 +208,10 @@ def test_nothing_but_padding_costs_nothing_under_any_loss():
     total.backward()
     assert total == 0
     assert not scores_TE.grad.any()
+
+
+def test_load_balance_at_a_temperature_by_hand():
+    # probabilities at temperature 1/2 are (9/10, 1/10) where they are (3/4, 1/4) at 1; all tokens on expert 0
+    logits_TE = torch.tensor([[math.log(3), 0.0]] * 2)
+    collapsed = assignment_of([[1.0, 0.0], [1.0, 0.0]])
+    assert load_balance_loss(logits_TE, collapsed, temperature=0.5).item() == pytest.approx(2 * 0.9)

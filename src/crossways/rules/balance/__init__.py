@@ -1,0 +1,20 @@
+"""Balancing losses, one number per router, from the assignment that was executed and the raw logits or scores."""
+
+from crossways.rules.balance.excess import excess_load_loss
+from crossways.rules.balance.groups import communication_balance_loss, device_balance_loss
+from crossways.rules.balance.load import load_balance_loss, sequence_balance_loss
+from crossways.rules.balance.logits import entropy_loss, router_z_loss, sparsity_loss
+from crossways.rules.balance.variation import importance_loss, load_loss
+
+__all__ = [
+    "communication_balance_loss",
+    "device_balance_loss",
+    "entropy_loss",
+    "excess_load_loss",
+    "importance_loss",
+    "load_balance_loss",
+    "load_loss",
+    "router_z_loss",
+    "sequence_balance_loss",
+    "sparsity_loss",
+]
