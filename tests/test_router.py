@@ -168,3 +168,41 @@ def test_perturbations_receive_the_decision_and_may_replace_it():
     assert not (routing.assignment.top_expert_T() == usual).any()
     second_T = routing.logits_TE.topk(2).indices[:, 1]
     assert torch.equal(routing.assignment.top_expert_T(), second_T)
+
+
+class Reading(torch.nn.Module):
+    """Keeps what it was given to read."""
+
+    def forward(self, x_BSD, context=None):
+        self.read_BSD = x_BSD
+        return x_BSD.float()
+
+
+def test_jitter_multiplies_what_the_gate_reads_in_training_alone():
+    gate = Reading()
+    router = Router(4, Softmax(), TopK(1), gate=gate, input_jitter=0.1)
+    x_BSD = 2.0 * torch.ones(8, 50, 4)
+    router.eval()(x_BSD)
+    assert torch.equal(gate.read_BSD, x_BSD)
+    torch.manual_seed(0)
+    router.train()(x_BSD)
+    factor_BSD = gate.read_BSD / x_BSD
+    assert factor_BSD.min() >= 0.9
+    assert factor_BSD.max() <= 1.1
+    assert factor_BSD.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert factor_BSD.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.05)  # uniform, each number by itself
+    assert factor_BSD.unique().numel() > 1000
+    router(x_BSD.bfloat16())
+    assert (gate.read_BSD / 2).unique().numel() > 1000  # not the few values that bfloat16 has there
+    router.input_jitter = 0.0
+    router(x_BSD)
+    assert torch.equal(gate.read_BSD, x_BSD)
+
+
+def test_jitter_leaves_the_experts_input_alone_and_passes_gradients():
+    router = Router(4, Softmax(), TopK(1), gate=Reading(), input_jitter=0.5).train()
+    x_BSD = torch.randn(1, 3, 4, requires_grad=True)
+    before_BSD = x_BSD.detach().clone()
+    router(x_BSD).scores_TE.square().sum().backward()
+    assert torch.equal(x_BSD, before_BSD)
+    assert x_BSD.grad.any()

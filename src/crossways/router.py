@@ -63,6 +63,7 @@ class Router(nn.Module):
         cutoff_momentum: float = 0.99,
         bias_update_rate: float = 0.0,
         expert_dropout: float = 0.0,
+        input_jitter: float = 0.0,
         sparsity: Sparsity | None = None,
         gate: nn.Module | None = None,
     ) -> None:
@@ -78,6 +79,9 @@ class Router(nn.Module):
             bias_update_rate: step of loss-free balancing, 0 for none; 0.001 in DeepSeek-V3.
             expert_dropout: probability that a pair may not be chosen in a training step, 0 to below 1 (0.05 in
                 sigma-MoE).
+            input_jitter: eps, 0 to below 1: in training the gate, but not the experts, reads its input times
+                uniform(1 - eps, 1 + eps), drawn for every number (Switch Transformers, arXiv 2101.03961, the
+                appendix on exploration across experts; 0.01 in the authors' code).
             sparsity: how to adapt the weight of the sparsity loss, None for no such loss.
             gate: module from (B, S, D) and a `Context` to logits (B, S, E) or a `GateOutput`, or None to get one at
                 every call.
@@ -90,6 +94,7 @@ class Router(nn.Module):
         self.num_experts, self.score, self.select = num_experts, score, select
         self.renormalize, self.weight_scale, self.cutoff_momentum = renormalize, weight_scale, cutoff_momentum
         self.bias_update_rate, self.expert_dropout = bias_update_rate, expert_dropout
+        self.input_jitter = input_jitter
         self.sparsity, self.gate = sparsity, gate
         self.perturbation: Perturbation | None = None
         twin = select.decode_twin()
@@ -143,6 +148,9 @@ class Router(nn.Module):
         gate = context.gate if context.gate is not None else self.gate
         if gate is None:
             raise ValueError("this router owns no gate: pass one in the context or to the constructor")
+        if self.training and self.input_jitter:
+            x_BSD = x_BSD.float()  # factors so near to one would be few in bfloat16
+            x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
         said = gate(x_BSD, context)
         out = said if isinstance(said, GateOutput) else GateOutput(said)
         deciding_BSE = out.logits_BSE if out.choice_BSE is None else out.choice_BSE
@@ -154,7 +162,8 @@ class Router(nn.Module):
         def decide(deciding_BSE: Tensor, allowed_BSE: Tensor | None) -> Routing:
             weighing_BSE = deciding_BSE if out.choice_BSE is None else out.logits_BSE
             routing = self._decide(weighing_BSE, deciding_BSE, allowed_BSE, context)
-            return replace(routing, state=out.state, gate_loss=out.loss, fixed=out.fixed)
+            noise = None if out.noise is None else out.noise.flatten()
+            return replace(routing, state=out.state, gate_loss=out.loss, fixed=out.fixed, noise=noise)
 
         if self.perturbation is not None:
             return self.perturbation(deciding_BSE, allowed_BSE, decide)

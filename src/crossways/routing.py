@@ -15,6 +15,20 @@ from crossways.assignment import Assignment
 
 
 @dataclass(frozen=True)
+class GateNoise:
+    """The noise in a gate's logits, which are `clean` plus standard normal draws times `scale`."""
+
+    clean: Tensor
+    """Logits without noise, float32, shaped as the logits."""
+    scale: Tensor
+    """Standard deviation, float32 above 0, shaped as the logits."""
+
+    def flatten(self) -> GateNoise:
+        """From (B, S, E) to (T, E)."""
+        return GateNoise(self.clean.flatten(0, 1), self.scale.flatten(0, 1))
+
+
+@dataclass(frozen=True)
 class Routing:
     """What one router decided for one batch."""
 
@@ -45,6 +59,8 @@ class Routing:
     """What a gate that trains itself adds to the training loss, float32 scalar; None for all others."""
     fixed: bool = False
     """Whether the gate no longer learns whom to choose; a balance loss could then only spoil the weights."""
+    noise: GateNoise | None = None
+    """The noise in the logits, (T, E), for a gate that adds some; None otherwise."""
 
     def density(self) -> Tensor:
         """Executed pairs over all pairs of valid tokens, scalar float32 in [0, 1]; NaN for padding alone."""
@@ -67,6 +83,8 @@ class GateOutput:
     """What to add to the training loss, float32 scalar."""
     fixed: bool = False
     """Whether the choice is no longer learnt."""
+    noise: GateNoise | None = None
+    """The noise in the logits, (B, S, E); None where there is none."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def test_no_noise_in_evaluation():
 def test_noise_has_the_learnt_scale_in_training():
     gate = hand_made().train()
     torch.manual_seed(0)
-    noisy_NE = gate(X_BSD.expand(1, 20000, 2))[0]
+    noisy_NE = gate(X_BSD.expand(1, 20000, 2)).logits_BSE[0]
     torch.testing.assert_close(noisy_NE.mean(0), torch.tensor([3.0, 1.0, 4.0]), atol=0.1, rtol=0)
     scales = torch.tensor([math.log(2), math.log1p(math.exp(3.0)), 0.0])  # softplus of 0, 3, -150
     torch.testing.assert_close(noisy_NE.std(0), scales, atol=0.05, rtol=0)
@@ -40,17 +40,33 @@ def test_every_token_and_expert_has_noise_of_its_own():
     torch.manual_seed(0)
     expected_BSE = torch.randn(2, 5, 3) * math.log(2)
     torch.manual_seed(0)
-    torch.testing.assert_close(gate(X_BSD.expand(2, 5, 2)), expected_BSE)
+    torch.testing.assert_close(gate(X_BSD.expand(2, 5, 2)).logits_BSE, expected_BSE)
 
 
 def test_the_scale_is_learnt_in_training_alone():
     gate = hand_made().train()
-    gate(X_BSD).sum().backward()
+    gate(X_BSD).logits_BSE.sum().backward()
     assert gate.noise_weight.grad[:2].any()
     gate.zero_grad()
     gate.eval()(X_BSD).sum().backward()
     assert gate.noise_weight.grad is None
     assert gate.weight.grad.any()
+
+
+def test_the_noise_is_handed_on_in_training_alone():
+    gate = hand_made().train()
+    said = gate(X_BSD)
+    assert said.noise.clean.tolist() == [[[3.0, 1.0, 4.0]]]
+    torch.testing.assert_close(said.noise.scale, torch.tensor([[[math.log(2), math.log1p(math.exp(3.0)), 0.0]]]))
+    drawn_BSE = (said.logits_BSE - said.noise.clean)[..., :2] / said.noise.scale[..., :2]
+    torch.manual_seed(3)
+    again = gate(X_BSD)
+    torch.manual_seed(3)
+    torch.testing.assert_close(again.logits_BSE, again.noise.clean + torch.randn(1, 1, 3) * again.noise.scale)
+    assert drawn_BSE.all()
+    router = Router(3, Softmax(), TopK(2), gate=gate)
+    assert router.train()(X_BSD).noise.clean.shape == (1, 3)
+    assert router.eval()(X_BSD).noise is None
 
 
 def test_weights_are_the_softmax_over_those_kept():

@@ -72,6 +72,13 @@ def test_names_alone_become_dictionaries(tiny_config):
         ({"gate": {"name": "hash", "k": 5}, "select": {"name": "top_c", "k": 1}}, "k = 5 exceeds"),
         ({"gate": "recurent"}, "did you mean 'recurrent'"),
         ({"gate_loss_coef": -1}, "gate_loss_coef must lie in"),
+        ({"router_jitter": 1.0}, "router_jitter must lie in"),
+        ({"load_balance_temperature": 0}, "load_balance_temperature must be a number above 0"),
+        ({"load_coef": 0.1}, "load_coef needs the noise of gate 'noisy', the gate is 'linear'"),
+        ({"load_coef": 0.1, "gate": "noisy", "select": {"name": "top_c", "k": 1}}, "load_coef needs each token's k"),
+        ({"communication_balance_coef": 0.1}, "needs selection 'group_limited'.* the selection is 'top_k'"),
+        ({"device_balance_coef": 0.1}, "set expert_groups, or selection 'group_limited' instead of 'top_k'"),
+        ({"device_balance_coef": 0.1, "expert_groups": 3}, "4 experts do not divide into expert_groups = 3"),
     ],
     ids=str,
 )

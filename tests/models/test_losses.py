@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from crossways.models.losses import auxiliary_losses, share_of_step
-from crossways.rules.balance import load_balance_loss, router_z_loss
+from crossways.models.losses import AUXILIARY_LOSSES, auxiliary_losses, share_of_step
+from crossways.rules.balance import (
+    communication_balance_loss,
+    device_balance_loss,
+    excess_load_loss,
+    importance_loss,
+    load_balance_loss,
+    load_loss,
+    router_z_loss,
+)
 
 
 def masked_labels(ids_BS, mask_BS):
@@ -101,3 +109,71 @@ def test_accumulated_auxiliary_losses_are_averaged_by_labels(tiny_model, tokens)
         twice(ids_BS, labels=ids_BS, num_items_in_batch=2 * total).loss.backward()
     for name, gradient in gradients(once).items():
         torch.testing.assert_close(gradients(twice)[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+GROUPS = {"select": {"name": "group_limited", "k": 1, "n_group": 2, "topk_group": 1, "group_score": "max"}}
+EACH = {
+    "load_balance": (
+        {"load_balance_coef": 0.5, "load_balance_temperature": 0.3},
+        lambda r: load_balance_loss(r.logits_TE, r.assignment, r.valid_T, temperature=0.3),
+    ),
+    "device_balance": (
+        {"device_balance_coef": 0.5, **GROUPS},
+        lambda r: device_balance_loss(r.logits_TE, r.assignment, 2, r.valid_T),
+    ),
+    "communication_balance": (
+        {"communication_balance_coef": 0.5, **GROUPS},
+        lambda r: communication_balance_loss(r.logits_TE, r.assignment, 2, 1, r.valid_T),
+    ),
+    "importance": ({"importance_coef": 0.5}, lambda r: importance_loss(r.assignment)),
+    "load": (
+        {"load_coef": 0.5, "gate": {"name": "noisy", "zero_init": False}},
+        lambda r: load_loss(r.logits_TE, r.noise.clean, r.noise.scale, r.assignment, r.valid_T),
+    ),
+    "excess_load": (
+        {"excess_load_coef": 0.5, "score": "sigmoid"},
+        lambda r: excess_load_loss(r.logits_TE, r.assignment, r.valid_T),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_each_coefficient_weighs_its_own_loss(tiny_model, tokens, name):
+    fields, loss = EACH[name]
+    model = tiny_model(**fields).train()
+    output = model(tokens[0], attention_mask=tokens[1], labels=tokens[0], output_routings=True)
+    expected_R = torch.stack([loss(routing) for routing in output.routings])
+    assert list(output.aux_losses) == [name]
+    assert name in AUXILIARY_LOSSES
+    torch.testing.assert_close(output.aux_losses[name], expected_R)
+    torch.testing.assert_close(output.loss, output.lm_loss + 0.5 * expected_R.sum())
+    (output.loss - output.lm_loss).backward()
+    assert all(p.grad.any() for gate in model.model.gates for p in gate.parameters())
+
+
+def test_groups_by_themselves_for_selections_without_groups(tiny_model, tokens):
+    model = tiny_model(device_balance_coef=0.5, expert_groups=2)
+    output = model(tokens[0], labels=tokens[0], output_routings=True)
+    expected_R = torch.stack([device_balance_loss(r.logits_TE, r.assignment, 2) for r in output.routings])
+    torch.testing.assert_close(output.aux_losses["device_balance"], expected_R)
+
+
+def test_no_load_loss_without_noise(tiny_model, tokens):
+    model = tiny_model(load_coef=0.5, importance_coef=0.1, gate="noisy")
+    assert list(model.eval()(tokens[0], labels=tokens[0]).aux_losses) == ["importance"]
+    assert list(model.train()(tokens[0], labels=tokens[0]).aux_losses) == ["importance", "load"]
+
+
+@pytest.mark.parametrize("fields", [{"load_coef": 0.5, "gate": "noisy"}, {"router_jitter": 0.3}], ids=str)
+def test_noise_is_the_same_when_activations_are_computed_again(tiny_model, tokens, fields):
+    def gradients_of(recompute):
+        model = tiny_model(False, **fields).train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        model(tokens[0], labels=tokens[0]).loss.backward()
+        return gradients(model)
+
+    plain, again = gradients_of(False), gradients_of(True)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient)

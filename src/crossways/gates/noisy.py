@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from crossways.gates.base import Gate, GateSpec, check_switch, float32_product
-from crossways.routing import Context
+from crossways.routing import Context, GateNoise, GateOutput
 
 
 class NoisyGate(Gate):
@@ -22,7 +22,8 @@ class NoisyGate(Gate):
 
     Eq. 3 and 5 take softmax over the k chosen logits alone: that is `softmax`, `top_k` and `renormalize`. Both
     matrices start at zero (appendix A), so that training starts from balanced, purely random routing. The paper's
-    two balancing losses, importance and load, are not part of the gate and not what `load_balance_coef` weighs.
+    two balancing losses are `importance_coef` and `load_coef`, not what `load_balance_coef` weighs; the second needs
+    to know the noise, which the gate hands on.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, zero_init: bool = True) -> None:
@@ -37,13 +38,14 @@ class NoisyGate(Gate):
         for parameter in (self.weight, self.noise_weight):
             nn.init.normal_(parameter, std=0.0 if self.zero_init else std)
 
-    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
-        """(B, S, D) to float32 logits (B, S, E)."""
+    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor | GateOutput:
+        """(B, S, D) to float32 logits (B, S, E), in training with their noise."""
         clean_BSE = float32_product(x_BSD, self.weight)
         if not self.training:
             return clean_BSE
         spread_BSE = softplus(float32_product(x_BSD, self.noise_weight))
-        return clean_BSE + torch.randn_like(clean_BSE) * spread_BSE
+        noisy_BSE = clean_BSE + torch.randn_like(clean_BSE) * spread_BSE
+        return GateOutput(noisy_BSE, noise=GateNoise(clean_BSE, spread_BSE))
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

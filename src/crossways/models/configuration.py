@@ -2,7 +2,6 @@
 
 # Without `from __future__ import annotations`: `strict` only checks types that are not strings.
 import functools
-import math
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
 from crossways.errors import UserError
-from crossways.experts.activation import Activation
 from crossways.gates import build_gate
-from crossways.rules.score import build_score
+from crossways.models.checks import check_configuration
 from crossways.rules.select import build_selection
 from crossways.sharing import Sharing, build_sharing
 
@@ -30,9 +28,6 @@ AUTO_MAP = {
     "AutoModel": f"{POINTER_MODULE}.CrosswaysModel",
     "AutoModelForCausalLM": f"{POINTER_MODULE}.CrosswaysForCausalLM",
 }
-LAYER_KINDS = ("moe", "cartesian")
-SKIPS = ("factor", "input")
-ROUTER_INPUTS = ("factor", "layer")
 
 C = TypeVar("C", bound=type)
 
@@ -106,11 +101,16 @@ class CrosswaysConfig(LlamaConfig):
     """Factor on all weights, after renormalising (DeepSeek's `routed_scaling_factor`); 1 is off, 2.5 in V3."""
     expert_dropout: float | int = 0.0
     """Probability that a token may not choose an expert in a training step (sigma-MoE); 0 is off, 0.05 there."""
+    router_jitter: float | int = 0.0
+    """In training the routers read their input times uniform(1 - eps, 1 + eps) with this eps (Switch); 0 is off, 0.01
+    there, below 1."""
     sharing: str | dict[str, Any] = "layer"
     """Which layers share a gate: `layer` (each its own), `{"name": "block", "size": 4}` (PathMoE; `size` may be a
     list), `all`, or `{"name": "decision", "size": 8}` (a block decides once)."""
     load_balance_coef: float | int = 0.0
     """Weight of the load-balance loss, summed over routers; 0 is off, customary 0.001 to 0.01."""
+    load_balance_temperature: float | int = 1.0
+    """Temperature of the softmax within that loss, above 0; 1 is the softmax of the logits, 0.3 in USMoE's gates."""
     zero_computation_balance: float | int = 1.0
     """Weight tau of zero, copy and constant experts within the load-balance loss, 0 to 1: a lower one sends them more
     tokens; 0.75 in MoE++."""
@@ -118,6 +118,20 @@ class CrosswaysConfig(LlamaConfig):
     """Weight of the balance loss within each sequence, summed over routers; 0 is off, 0.0001 in DeepSeek-V3."""
     importance_coef: float | int = 0.0
     """Weight of the squared variation of summed weights, summed over routers (Shazeer 2017); 0 is off, 0.1 there."""
+    load_coef: float | int = 0.0
+    """Weight of the squared variation of the smooth load, summed over routers (Shazeer 2017); 0 is off, 0.1 there.
+    Only for gate `noisy`, whose noise makes the load smooth, with selection `top_k`."""
+    device_balance_coef: float | int = 0.0
+    """Weight of the load-balance loss between groups of experts, summed over routers; 0 is off, 0.05 in
+    DeepSeek-V2."""
+    communication_balance_coef: float | int = 0.0
+    """Weight of the balance loss of tokens sent to groups of experts, summed over routers; 0 is off, 0.02 in
+    DeepSeek-V2. Only with selection `group_limited`, which says how many groups a token may visit."""
+    expert_groups: int = 0
+    """Equal groups of neighbouring experts, as on one device each, for the device-level loss; 0 takes the groups of
+    selection `group_limited`."""
+    excess_load_coef: float | int = 0.0
+    """Weight of StableMoE's balance loss, summed over routers; 0 is off, 0.3 there."""
     entropy_coef: float | int = 0.0
     """Weight of the negative entropy of the mean softmax, summed over routers (sigma-MoE); 0 is off, else 0.001."""
     sparsity_budget: float | int = 0.0
@@ -152,53 +166,7 @@ class CrosswaysConfig(LlamaConfig):
     def validate_architecture(self) -> None:
         """Part of the `strict` validation: every value can be built, and fits the others."""
         super().validate_architecture()
-        if self.moe_every < 0:
-            raise UserError(f"moe_every must be 0 (dense) or more, got {self.moe_every}")
-        if self.moe_every > self.num_hidden_layers:
-            raise UserError(f"moe_every = {self.moe_every} leaves no routed layer among {self.num_hidden_layers}")
-        if self.layer not in LAYER_KINDS:
-            raise UserError(f"layer must be one of {LAYER_KINDS}, got {self.layer!r}")
-        if self.cartesian_skip not in SKIPS:
-            raise UserError(f"cartesian_skip must be one of {SKIPS}, got {self.cartesian_skip!r}")
-        if self.router_input not in ROUTER_INPUTS:
-            raise UserError(f"router_input must be one of {ROUTER_INPUTS}, got {self.router_input!r}")
-        for field, least in (
-            ("num_factors", 1),
-            ("num_experts", 1),
-            ("moe_intermediate_size", 1),
-            ("shared_expert_intermediate_size", 0),
-            ("zero_experts", 0),
-            ("copy_experts", 0),
-            ("constant_experts", 0),
-        ):
-            if getattr(self, field) < least:
-                raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
-        for field, most in (
-            ("load_balance_coef", math.inf),
-            ("router_z_loss_coef", math.inf),
-            ("gate_loss_coef", math.inf),
-            ("cutoff_momentum", 1),
-            ("bias_update_rate", math.inf),
-            ("expert_dropout", 0.999),
-            ("zero_computation_balance", 1),
-            ("sequence_balance_coef", math.inf),
-            ("importance_coef", math.inf),
-            ("entropy_coef", math.inf),
-            ("sparsity_budget", self.router_size),
-        ):
-            if not 0 <= getattr(self, field) <= most:
-                raise UserError(f"{field} must lie in [0, {most}], got {getattr(self, field)}")
-        for field, least in (("weight_scale", 0), ("sparsity_coef_start", 0), ("sparsity_coef_growth", 1)):
-            if not least < getattr(self, field) < math.inf:
-                raise UserError(f"{field} must be a number above {least}, got {getattr(self, field)}")
-        Activation(self.expert_activation)
-        build_score(self.score)
-        select = build_selection(self.select or "top_k")
-        select.check(self.router_size)
-        build_gate(self.gate).check(self.router_size, select)
-        sharing = build_sharing(self.sharing)
-        if self.moe_layers:
-            sharing.check(len(self.moe_layers))
+        check_configuration(self)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -227,6 +195,11 @@ class CrosswaysConfig(LlamaConfig):
     def router_size(self) -> int:
         """Experts that a router chooses among: the feed-forward experts, then the zero-computation ones."""
         return self.num_experts + self.zero_computation_experts
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of experts that the device-level loss balances; 0 if nobody says."""
+        return self.expert_groups or getattr(build_selection(self.select or "top_k"), "n_group", 0)
 
     @property
     def factors(self) -> int:

@@ -38,6 +38,7 @@ def build_router(config: CrosswaysConfig) -> Router:
         cutoff_momentum=config.cutoff_momentum,
         bias_update_rate=config.bias_update_rate,
         expert_dropout=config.expert_dropout,
+        input_jitter=config.router_jitter,
         sparsity=sparsity,
     )
 

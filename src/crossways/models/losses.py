@@ -14,15 +14,32 @@ from torch import Tensor
 from crossways.models.configuration import CrosswaysConfig
 from crossways.routing import Routing
 from crossways.rules.balance import (
+    communication_balance_loss,
+    device_balance_loss,
     entropy_loss,
+    excess_load_loss,
     importance_loss,
     load_balance_loss,
+    load_loss,
     router_z_loss,
     sequence_balance_loss,
     sparsity_loss,
 )
+from crossways.rules.select import GroupLimited, build_selection
 
-AUXILIARY_LOSSES = ("load_balance", "sequence_balance", "importance", "entropy", "router_z", "gate", "sparsity")
+AUXILIARY_LOSSES = (
+    "load_balance",
+    "sequence_balance",
+    "device_balance",
+    "communication_balance",
+    "importance",
+    "load",
+    "excess_load",
+    "entropy",
+    "router_z",
+    "gate",
+    "sparsity",
+)
 """Every name that `auxiliary_losses` may give."""
 
 
@@ -38,8 +55,8 @@ def auxiliary_losses(
 
     Returns:
         Name to (R,), unweighted, only those in use and only the routers that have one, and a scalar. Routers that
-        repeat another's decision have none, those whose choice is fixed no balance loss, and most gates no loss of
-        their own.
+        repeat another's decision have none, those whose choice is fixed no balance loss, gates without noise (and
+        none has any outside training) no load loss, and most gates no loss of their own.
     """
     routings = [routing for routing in routings if not routing.reused]
     losses: dict[str, Tensor] = {}
@@ -66,18 +83,37 @@ def _terms(config: CrosswaysConfig) -> dict[str, tuple[float, Callable[[Routing]
         if config.zero_computation_experts:
             share_E = torch.ones(config.router_size, device=r.logits_TE.device)
             share_E[config.num_experts :] = config.zero_computation_balance
-        return load_balance_loss(r.logits_TE, r.assignment, r.valid_T, share_E)
+        return load_balance_loss(r.logits_TE, r.assignment, r.valid_T, share_E, config.load_balance_temperature)
 
     def sequence_balance(r: Routing) -> Tensor:
         return sequence_balance_loss(r.scores_TE, r.assignment, r.num_rows, r.valid_T)
 
-    def learning(loss: Callable[[Routing], Tensor]) -> Callable[[Routing], Tensor | None]:
+    def device_balance(r: Routing) -> Tensor:
+        return device_balance_loss(r.logits_TE, r.assignment, config.num_groups, r.valid_T)
+
+    def communication_balance(r: Routing) -> Tensor:
+        select = cast(GroupLimited, build_selection(config.select or "top_k"))
+        return communication_balance_loss(r.logits_TE, r.assignment, select.n_group, select.topk_group, r.valid_T)
+
+    def load(r: Routing) -> Tensor | None:
+        if r.noise is None:  # outside training
+            return None
+        return load_loss(r.logits_TE, r.noise.clean, r.noise.scale, r.assignment, r.valid_T)
+
+    def learning(loss: Callable[[Routing], Tensor | None]) -> Callable[[Routing], Tensor | None]:
         return lambda r: None if r.fixed else loss(r)
 
     return {
         "load_balance": (config.load_balance_coef, learning(load_balance)),
         "sequence_balance": (config.sequence_balance_coef, learning(sequence_balance)),
+        "device_balance": (config.device_balance_coef, learning(device_balance)),
+        "communication_balance": (config.communication_balance_coef, learning(communication_balance)),
         "importance": (config.importance_coef, learning(lambda r: importance_loss(r.assignment))),
+        "load": (config.load_coef, learning(load)),
+        "excess_load": (
+            config.excess_load_coef,
+            learning(lambda r: excess_load_loss(r.logits_TE, r.assignment, r.valid_T)),
+        ),
         "entropy": (config.entropy_coef, learning(lambda r: entropy_loss(r.logits_TE, r.valid_T))),
         "router_z": (config.router_z_loss_coef, lambda r: router_z_loss(r.logits_TE, r.valid_T)),
         "gate": (config.gate_loss_coef, lambda r: r.gate_loss),

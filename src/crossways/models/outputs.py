@@ -28,9 +28,8 @@ class RoutedCausalLMOutput(CausalLMOutputWithPast):
     lm_loss: Tensor | None = None
     """Cross-entropy alone, nats per token, scalar."""
     aux_losses: dict[str, Tensor] | None = None
-    """Unweighted auxiliary losses by name, one number for each router that has one: `load_balance`,
-    `sequence_balance`, `importance`, `entropy`, `router_z`, `gate`, `sparsity`; only those in use and while labels
-    are given."""
+    """Unweighted auxiliary losses by name (those of `crossways.models.losses.AUXILIARY_LOSSES` that are in use), one
+    number for each router that has one; only while labels are given."""
     expert_load: tuple[Tensor, ...] | None = None
     """Executed pairs per expert, int64 (E,), for each router."""
     routings: tuple[Routing, ...] | None = None

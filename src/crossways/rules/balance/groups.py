@@ -36,8 +36,8 @@ def device_balance_loss(
 def communication_balance_loss(
     logits_TE: Tensor, assignment: Assignment, groups: int, most: int, valid_T: Tensor | None = None
 ) -> Tensor:
-    """sum_g f''_g P''_g (DeepSeek-V2, arXiv 2405.04434, eq. 29-31): f''_g is G / (M T) times the number of tokens that
-    are sent to group g at all, P''_g the sum of its experts' mean softmax probabilities.
+    """sum_g f''_g P''_g (DeepSeek-V2, arXiv 2405.04434, eq. 29-31): f''_g is G / (M T) times the number of tokens
+    that are sent to group g at all, P''_g the sum of its experts' mean softmax probabilities.
 
     Where every token visits M devices, equal traffic gives 1. Its weight is 0.02 in DeepSeek-V2.
 

@@ -20,7 +20,7 @@ def mean_over_tokens(x_TX: Tensor) -> Tensor:
 
 
 def squared_variation(x_E: Tensor) -> Tensor:
-    """CV(x)^2, squared standard deviation over squared mean, scalar: zero for equal entries and for zeros alone, E - 1
-    when one entry holds everything."""
+    """CV(x)^2, squared standard deviation over squared mean, scalar: zero for equal entries and for zeros alone, and
+    E - 1 when one entry holds everything."""
     mean = x_E.mean()
     return (x_E - mean).square().mean() / mean.square().clamp(min=torch.finfo(mean.dtype).tiny)

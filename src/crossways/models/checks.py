@@ -1,0 +1,109 @@
+"""What a configuration must satisfy beyond its types: ranges, and parts that fit each other."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from crossways.errors import UserError
+from crossways.experts.activation import Activation
+from crossways.gates import build_gate
+from crossways.rules.score import build_score
+from crossways.rules.select import GroupLimited, ScheduledTopK, Selection, TopK, build_selection
+from crossways.sharing import build_sharing
+
+if TYPE_CHECKING:
+    from crossways.models.configuration import CrosswaysConfig
+
+CHOICES = {
+    "layer": ("moe", "cartesian"),
+    "cartesian_skip": ("factor", "input"),
+    "router_input": ("factor", "layer"),
+}
+"""Fields that name one of several."""
+LEAST = {
+    "num_factors": 1,
+    "num_experts": 1,
+    "moe_intermediate_size": 1,
+    "shared_expert_intermediate_size": 0,
+    "zero_experts": 0,
+    "copy_experts": 0,
+    "constant_experts": 0,
+    "expert_groups": 0,
+}
+"""Least value of whole numbers."""
+MOST = {
+    "load_balance_coef": math.inf,
+    "sequence_balance_coef": math.inf,
+    "importance_coef": math.inf,
+    "load_coef": math.inf,
+    "device_balance_coef": math.inf,
+    "communication_balance_coef": math.inf,
+    "excess_load_coef": math.inf,
+    "entropy_coef": math.inf,
+    "router_z_loss_coef": math.inf,
+    "gate_loss_coef": math.inf,
+    "bias_update_rate": math.inf,
+    "cutoff_momentum": 1,
+    "zero_computation_balance": 1,
+    "expert_dropout": 0.999,
+    "router_jitter": 0.999,
+}
+"""Greatest value of numbers that start at 0."""
+ABOVE = {"weight_scale": 0, "load_balance_temperature": 0, "sparsity_coef_start": 0, "sparsity_coef_growth": 1}
+"""What numbers must exceed."""
+
+
+def check_configuration(config: CrosswaysConfig) -> None:
+    """Raise `UserError` unless every value can be built, and fits the others."""
+    _check_ranges(config)
+    Activation(config.expert_activation)
+    build_score(config.score)
+    select = build_selection(config.select or "top_k")
+    select.check(config.router_size)
+    build_gate(config.gate).check(config.router_size, select)
+    _check_losses(config, select)
+    sharing = build_sharing(config.sharing)
+    if config.moe_layers:
+        sharing.check(len(config.moe_layers))
+
+
+def _check_ranges(config: CrosswaysConfig) -> None:
+    if config.moe_every < 0:
+        raise UserError(f"moe_every must be 0 (dense) or more, got {config.moe_every}")
+    if config.moe_every > config.num_hidden_layers:
+        raise UserError(f"moe_every = {config.moe_every} leaves no routed layer among {config.num_hidden_layers}")
+    for field, known in CHOICES.items():
+        if (name := getattr(config, field)) not in known:
+            raise UserError(f"{field} must be one of {known}, got {name!r}")
+    for field, least in LEAST.items():
+        if (value := getattr(config, field)) < least:
+            raise UserError(f"{field} must be at least {least}, got {value}")
+    for field, most in (MOST | {"sparsity_budget": config.router_size}).items():
+        if not 0 <= (value := getattr(config, field)) <= most:
+            raise UserError(f"{field} must lie in [0, {most}], got {value}")
+    for field, least in ABOVE.items():
+        if not least < (value := getattr(config, field)) < math.inf:
+            raise UserError(f"{field} must be a number above {least}, got {value}")
+
+
+def _check_losses(config: CrosswaysConfig, select: Selection) -> None:
+    """Losses that need something of the gate or of the selection."""
+    if config.load_coef:
+        gate = build_gate(config.gate).name
+        if gate != "noisy":
+            raise UserError(f"load_coef needs the noise of gate 'noisy', the gate is {gate!r}: change one of them")
+        if not isinstance(select, TopK | ScheduledTopK):
+            raise UserError(f"load_coef needs each token's k best logits: selection 'top_k', not {select.name!r}")
+    if config.communication_balance_coef and not isinstance(select, GroupLimited):
+        raise UserError(
+            "communication_balance_coef needs selection 'group_limited', which says how many groups a token may "
+            f"visit; the selection is {select.name!r}"
+        )
+    if config.device_balance_coef and not config.num_groups:
+        raise UserError(
+            "device_balance_coef needs groups of experts: set expert_groups, or selection 'group_limited' instead "
+            f"of {select.name!r}"
+        )
+    if config.expert_groups and config.router_size % config.expert_groups:
+        raise UserError(f"{config.router_size} experts do not divide into expert_groups = {config.expert_groups}")
