@@ -101,3 +101,21 @@ def test_imbalance_is_the_greatest_load_over_the_mean_averaged_over_routers():
 def test_a_window_beyond_the_context_is_refused(text, tmp_path):
     with pytest.raises(UserError, match=r"evaluation.window 16 exceeds the model's context of 8"):
         evaluate(text, tmp_path, build(text[1], max_position_embeddings=8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, "top_k(k=2) of softmax()"),
+        ({"gate": {"name": "linear", "bias": True}}, "top_k(k=2) of softmax() of linear(bias=True)"),
+        ({"gate": "random", "score": "sigmoid"}, "top_k(k=2) of sigmoid() of random(scale=1.0)"),
+        ({"sharing": {"name": "block", "size": 4}}, "top_k(k=2) of softmax(), shared by block(size=4)"),
+        (
+            {"gate": {"name": "low_rank", "rank": 4}, "sharing": "all"},
+            "top_k(k=2) of softmax() of low_rank(rank=4), shared by all()",
+        ),
+    ],
+    ids=str,
+)
+def test_the_rule_names_gate_and_sharing_where_they_are_not_plain(fields, name):
+    assert rule_name(CrosswaysConfig(num_hidden_layers=4, **fields)) == name

@@ -34,6 +34,16 @@ def test_usmoe_by_hand():
     torch.testing.assert_close(logits_BSE, torch.tensor([[[3.0, -4.0, 7 / math.sqrt(2)]]]))
 
 
+def test_unprojected_by_hand():
+    gate = CosineGate(2, 3, None, temperature=1.0, learn_temperature=False, normalize_input=False).eval()
+    gate.embeddings.data = torch.tensor([[2.0, 0.0], [0.0, -5.0], [1.0, 1.0]])
+    torch.testing.assert_close(gate(X_BSD), torch.tensor([[[3.0, -4.0, 7 / math.sqrt(2)]]]))
+    assert gate.train()(X_BSD).shape == (1, 1, 3)
+    assert gate.embeddings[0].tolist() == [2.0, 0.0]  # no norm is put back
+    assert [name for name, _ in gate.named_parameters()] == ["embeddings"]
+    assert build_gate({"name": "cosine", "project": False, "dim": 5}).build(8, 4).embeddings.shape == (4, 8)
+
+
 def test_a_fixed_temperature_divides_too():
     logits_BSE = hand_made(temperature=0.5, learn_temperature=False)(X_BSD)
     torch.testing.assert_close(logits_BSE, hand_made(temperature=0.5)(X_BSD))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
+from crossways.errors import UserError
 from crossways.gates import LinearGate
 from crossways.router import Router
 from crossways.rules.score import Softmax
@@ -66,7 +67,26 @@ def test_padding_has_no_place_and_lends_none():
 
 def test_capacity_is_exact_in_large_groups():
     tokens_G = torch.tensor([0, 1, 2**24 + 1])
-    assert Capacity(1, 1.1).capacity(tokens_G, 3).tolist() == [0, 1, -(-11 * (2**24 + 1) // 30)]
+    assert Capacity(1, 1.1).capacity(tokens_G, 3)[:, 0].tolist() == [0, 1, -(-11 * (2**24 + 1) // 30)]
+
+
+def test_places_of_moe_plus_plus_by_hand():
+    # k n = 2 * 12 choices, gamma = 1.1, tau = 3/4, 4 feed-forward experts and 2 others: tau N_F + N_Z = 5, so
+    # 1.1 * 24 / 5 = 5.28 places for the others and 3.96 for feed-forward ones, rounded up
+    rule = Capacity(2, 1.1, zero_computation=2, tau=0.75)
+    assert rule.capacity(torch.tensor([12]), 6).tolist() == [[4, 4, 4, 4, 6, 6]]
+    assert Capacity(2, 1.1, tau=0.75).capacity(torch.tensor([12]), 6).tolist() == [[5] * 6]  # all alike: tau cancels
+    with pytest.raises(UserError, match="zero_computation = 3 exceeds the 2 experts"):
+        Capacity(1, zero_computation=3).check(2)
+
+
+def test_a_cheap_expert_serves_more_than_a_dear_one():
+    # one choice each, C = 4 / (1/2 + 1) = 8/3, so 3 places at the second expert, 4/3 so 2 at the first
+    rule = Capacity(1, 1.0, zero_computation=1, tau=0.5)
+    dear_BSE, cheap_BSE = PROBS_BSE[:, [0] * 4], PROBS_BSE[:, [2] * 4]
+    assert pairs(rule, dear_BSE) == {(0, 0), (1, 0)}
+    assert pairs(rule, cheap_BSE) == {(0, 1), (1, 1), (2, 1)}
+    assert rule.decode_twin().capacity(torch.tensor([4]), 2).tolist() == [[4, 4]]
 
 
 def test_weights_may_be_normalised_before_dropping():
@@ -156,4 +176,4 @@ def test_no_expert_serves_more_than_its_capacity_and_none_is_idle_while_asked(b,
     places = rule.capacity(valid_BS.sum(dims if group == "sequence" else None).reshape(-1), e)
     load = served_BSE.sum(dims).reshape(-1, e)
     wanted = asked_BSE.sum(dims).reshape(-1, e)
-    assert torch.equal(load, torch.minimum(wanted, places[:, None]))
+    assert torch.equal(load, torch.minimum(wanted, places))

@@ -21,11 +21,13 @@ from crossways.evaluation.perplexity import Likelihood, score_batches
 from crossways.evaluation.settings import EvaluationSettings
 from crossways.evaluation.subject import subject_of
 from crossways.experts import resolve_backend
-from crossways.models import CrosswaysConfig
+from crossways.gates import Linear, build_gate
+from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.perturb import DisableTop, perturbed
 from crossways.rules.registry import describe
 from crossways.rules.score import Score, build_score
 from crossways.rules.select import Selection, build_selection
+from crossways.sharing import PerLayer, build_sharing
 from crossways.study.record import DisabledExpert, Evaluation, ExpertLoad, Protocol
 from crossways.surgery.handle import handle_of
 from crossways.training.corpus import Corpus, utf8_length
@@ -137,26 +139,19 @@ def _disabled(score: Callable[..., Likelihood], *, causal: bool) -> DisabledExpe
     return DisabledExpert(raw=raw, renormalized=rescaled)
 
 
-def _backend(model: Any, dtype: torch.dtype) -> str:
-    """What computes the experts; of a model of transformers, its `experts_implementation`."""
-    if isinstance(model.config, CrosswaysConfig):
-        return resolve_backend(model.config.experts_backend, model.device, dtype)
-    return f"transformers {getattr(model.config, '_experts_implementation', None) or 'eager'}"
-
-
-def rule_of(model: Any) -> str:
-    """The routing rule on one line, such as `top_k(k=2) of softmax()`; `dense` without routed layers."""
-    if isinstance(model.config, CrosswaysConfig):
-        return rule_name(model.config)
-    handle = handle_of(model)
-    return "dense, or its family's own" if handle is None else handle.describe()
-
-
 def rule_name(config: CrosswaysConfig) -> str:
-    """The routing rule of one of crossways' own models."""
+    """The routing rule on one line, such as `top_k(k=2) of softmax()`; `dense` without routed layers.
+
+    A gate other than one plain matrix is named too, and so are layers that do not each have their own:
+    `top_k(k=2) of softmax() of low_rank(rank=4), shared by all()`.
+    """
     if not config.moe_layers:
         return "dense"
-    return f"{describe(_selection(config))} of {describe(build_score(config.score))}"
+    gate, sharing = build_gate(config.gate), build_sharing(config.sharing)
+    rule = f"{describe(_selection(config))} of {describe(build_score(config.score))}"
+    if gate != Linear():
+        rule += f" of {describe(gate)}"
+    return rule if sharing == PerLayer() else f"{rule}, shared by {describe(sharing)}"
 
 
 def leak_reason(config: CrosswaysConfig) -> str:

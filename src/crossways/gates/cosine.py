@@ -28,24 +28,28 @@ class CosineGate(Gate):
     the gate that USMoE's authors (arXiv 2503.22996) call XMoE in their code: P x is compared as it is with unit
     embeddings, so logits are |P x| cos. Their embeddings are put back to norm 1.5 before each step, which changes no
     logit, only how far a step turns them. As there, that happens in place, in training, outside the gradient.
+
+    With `project=False` x itself is compared, with embeddings of D numbers: not normalised and at temperature 1 this
+    is the gate that the same code calls StableMoE (which it is not: nothing is distilled or frozen).
     """
 
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
-        dim: int,
+        dim: int | None,
         *,
         temperature: float = 0.3,
         learn_temperature: bool = True,
         normalize_input: bool = True,
         embedding_norm: float | None = None,
     ) -> None:
+        """`dim` is R, None compares x itself; the rest as in `Cosine`."""
         super().__init__()
         self.initial_temperature, self.normalize_input = temperature, normalize_input
         self.embedding_norm = embedding_norm
-        self.projection = nn.Parameter(torch.empty(dim, hidden_size))
-        self.embeddings = nn.Parameter(torch.empty(num_experts, dim))
+        self.projection = None if dim is None else nn.Parameter(torch.empty(dim, hidden_size))
+        self.embeddings = nn.Parameter(torch.empty(num_experts, dim or hidden_size))
         if learn_temperature:
             self.temperature = nn.Parameter(torch.empty(1))
         self.learn_temperature = learn_temperature
@@ -54,7 +58,8 @@ class CosineGate(Gate):
     def reset_parameters(self, std: float = 0.02) -> None:
         """Projection normal with the given standard deviation; embeddings orthogonal, as in both papers' code (with
         gains 0.1 and 0.32; only the direction matters to the logits), and the temperature at its start."""
-        nn.init.normal_(self.projection, std=std)
+        if self.projection is not None:
+            nn.init.normal_(self.projection, std=std)
         nn.init.orthogonal_(self.embeddings, gain=0.1 if self.embedding_norm is None else self.embedding_norm)
         if self.learn_temperature:
             nn.init.constant_(self.temperature, self.initial_temperature)
@@ -62,7 +67,7 @@ class CosineGate(Gate):
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E)."""
         self._restore_norms()
-        projected_BSR = float32_product(x_BSD, self.projection)
+        projected_BSR = x_BSD.float() if self.projection is None else float32_product(x_BSD, self.projection)
         if self.normalize_input:
             projected_BSR = normalize(projected_BSR, dim=-1, eps=MIN_NORM)
         unit_ER = normalize(self.embeddings.float(), dim=-1, eps=MIN_NORM)
@@ -84,8 +89,9 @@ class CosineGate(Gate):
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
-        dim, hidden_size = self.projection.shape
-        return f"hidden_size={hidden_size}, num_experts={self.embeddings.shape[0]}, dim={dim}"
+        num_experts, dim = self.embeddings.shape
+        hidden_size = dim if self.projection is None else self.projection.shape[1]
+        return f"hidden_size={hidden_size}, num_experts={num_experts}, dim={dim}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,8 @@ class Cosine(GateSpec):
 
     dim: int | None = None
     """Routing dimension, at least 1; None is half the number of experts, X-MoE's choice. USMoE's code: 8."""
+    project: bool = True
+    """Whether to project before comparing; otherwise embeddings are as wide as the model and `dim` is unused."""
     temperature: float = 0.3
     """Start (or fixed value) of the temperature, above 0. X-MoE gives 0.3 for softmax and 0.07 for sigmoid scores,
     with the symbol of its balance loss' fixed temperature; where the learnt one starts it does not say."""
@@ -114,14 +122,14 @@ class Cosine(GateSpec):
         check_positive(self.name, "temperature", self.temperature)
         if self.embedding_norm is not None:
             check_positive(self.name, "embedding_norm", self.embedding_norm)
-        for field in ("learn_temperature", "normalize_input"):
+        for field in ("project", "learn_temperature", "normalize_input"):
             check_switch(self.name, field, getattr(self, field))
 
     def build(self, hidden_size: int, num_experts: int, num_layers: int = 1, vocab_size: int = 0) -> CosineGate:
         return CosineGate(
             hidden_size,
             num_experts,
-            self.dim or max(num_experts // 2, 1),
+            (self.dim or max(num_experts // 2, 1)) if self.project else None,
             temperature=self.temperature,
             learn_temperature=self.learn_temperature,
             normalize_input=self.normalize_input,

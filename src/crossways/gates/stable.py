@@ -32,7 +32,7 @@ class StableGate(Gate):
     experts; W x only weighs, and goes on learning. Outside training the distilled router chooses in both stages, as
     in the authors' code. The paper routes to one expert with sigmoid weights, y = sigmoid(w_i x) FFN_i(x).
 
-    Its balance loss of stage 1 is a form of its own; ours is the configuration's, and is left out in stage 2. Under
+    Its balance loss of stage 1 is `excess_load_coef`; like any other balance loss it is left out in stage 2. Under
     distributed data parallel, stage 2 needs `find_unused_parameters`: the distilled router gets no gradient there.
     """
 

@@ -9,7 +9,7 @@ from crossways.errors import UserError
 from crossways.experts.activation import Activation
 from crossways.gates import build_gate
 from crossways.rules.score import build_score
-from crossways.rules.select import GroupLimited, ScheduledTopK, Selection, TopK, build_selection
+from crossways.rules.select import Capacity, GroupLimited, ScheduledTopK, Selection, TopK, build_selection
 from crossways.sharing import build_sharing
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ def check_configuration(config: CrosswaysConfig) -> None:
     select = build_selection(config.select or "top_k")
     select.check(config.router_size)
     build_gate(config.gate).check(config.router_size, select)
+    if isinstance(select, Capacity) and select.zero_computation not in (0, config.zero_computation_experts):
+        raise UserError(
+            f"selection 'capacity' says zero_computation = {select.zero_computation}, but zero_experts, copy_experts "
+            f"and constant_experts are {config.zero_computation_experts} together"
+        )
     _check_losses(config, select)
     sharing = build_sharing(config.sharing)
     if config.moe_layers:

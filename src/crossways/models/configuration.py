@@ -144,7 +144,8 @@ class CrosswaysConfig(LlamaConfig):
     router_z_loss_coef: float | int = 0.0
     """Weight of the router z-loss, summed over routers; 0 is off, customary 0.001."""
     gate_loss_coef: float | int = 1.0
-    """Weight of the loss that some gates train themselves by (`stable`), summed over routers; 1 is the paper's."""
+    """Weight of the loss that some gates train themselves by (`stable`), summed over routers; 0.3 in the authors'
+    code of StableMoE."""
     bias_update_rate: float | int = 0.0
     """Step of loss-free balancing: a bias, added to scores for choosing only, moves against each expert's excess load
     in training (DeepSeek-V3); 0 is off, 0.001 customary. Meant for top-k with sigmoid scores."""

@@ -1,4 +1,4 @@
-"""Token choice with a capacity: an expert that is full drops the tokens that come later. Switch and GShard.
+"""Token choice with a capacity: an expert that is full drops the tokens that come later. Switch, GShard and MoE++.
 
 Legend: B batch, S sequence, E experts, G groups, N tokens of a group, K experts per token.
 """
@@ -45,6 +45,11 @@ class Capacity(Selection):
     number of tokens, so a token that is dropped in a prefix may be served in the whole text. No finite factor is
     declared causal, though one of at least E / k drops nobody. Generation has no full experts: the decode twin is the
     same rule without a limit, which is top-k.
+
+    MoE++ (arXiv 2410.07348, section 3.3, the capacity beside its heterogeneous balance loss) gives the experts that
+    compute nothing, which come last, more places: with N_F feed-forward experts and N_Z others C is factor * k * n /
+    (tau N_F + N_Z) for the others, and tau <= 1 times that for feed-forward experts. The paper writes T for what is
+    to be placed; we read it as the k n choices of n tokens, or half of them would have no place.
     """
 
     name: ClassVar[str] = "capacity"
@@ -63,6 +68,10 @@ class Capacity(Selection):
     second: Second = "always"
     """`random`: in training, an expert after the first is asked with probability min(1, k * its normalised weight)
     (GShard, for k = 2: twice the weight); evaluation always asks."""
+    zero_computation: int = 0
+    """How many experts, the last ones, compute nothing: the model's zero, copy and constant experts together."""
+    tau: float = 1.0
+    """Places of a feed-forward expert in units of those of one that computes nothing, above 0; 0.75 in MoE++."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", check_whole(self.name, "k", self.k))
@@ -70,6 +79,16 @@ class Capacity(Selection):
             check_number(self.name, "factor", self.factor)
             if not 0 < self.factor < math.inf:
                 raise UserError(f"selection 'capacity': factor must be a finite number above 0, got {self.factor}")
+        check_number(self.name, "zero_computation", self.zero_computation)
+        if self.zero_computation < 0 or self.zero_computation % 1 != 0:
+            raise UserError(
+                "selection 'capacity': zero_computation must be a whole number of at least 0, "
+                f"got {self.zero_computation}"
+            )
+        object.__setattr__(self, "zero_computation", int(self.zero_computation))
+        check_number(self.name, "tau", self.tau)
+        if not 0 < self.tau < math.inf:
+            raise UserError(f"selection 'capacity': tau must be a finite number above 0, got {self.tau}")
         for field, known in (("group", Group), ("order", Order), ("second", Second)):
             if (value := getattr(self, field)) not in get_args(known):
                 raise UserError(f"selection 'capacity': {field} must be one of {get_args(known)}, got {value!r}")
@@ -91,6 +110,10 @@ class Capacity(Selection):
 
     def check(self, num_experts: int) -> None:
         check_budget(self.name, self.k, num_experts)
+        if self.zero_computation > num_experts:
+            raise UserError(
+                f"selection 'capacity': zero_computation = {self.zero_computation} exceeds the {num_experts} experts"
+            )
 
     def decode_twin(self) -> Capacity:
         return self if self.factor is None else replace(self, factor=None)
@@ -98,7 +121,7 @@ class Capacity(Selection):
     def in_training(self) -> Capacity:
         if self.second == "always":
             return self
-        return _Sampled(self.k, self.factor, self.group, self.order, self.normalize, self.second)
+        return _Sampled(**vars(self))
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         batch, _, num_experts = choice_BSE.shape
@@ -111,11 +134,16 @@ class Capacity(Selection):
         return Assignment.from_mask(served_GNKE.any(2).reshape(-1, num_experts) | broken_TE, weight_TE)
 
     def capacity(self, tokens_G: Tensor, num_experts: int) -> Tensor:
-        """Places at each of E experts in groups of so many tokens, rounded up in integers; both int64 (G,)."""
+        """Places at each of E experts, int64 (G, E), in groups of so many tokens, int64 (G,). In integers."""
         if self.factor is None:
-            return tokens_G
-        rate = Fraction(self.factor).limit_denominator(10**6) * self.k / num_experts
-        return -(-rate.numerator * tokens_G // rate.denominator)
+            return tokens_G[:, None].expand(-1, num_experts)
+        tau, feed_forward = Fraction(self.tau).limit_denominator(10**6), num_experts - self.zero_computation
+        rate = Fraction(self.factor).limit_denominator(10**6) * self.k / (tau * feed_forward + self.zero_computation)
+        places = [
+            -(-share.numerator * tokens_G // share.denominator)
+            for share in [rate * tau] * feed_forward + [rate] * self.zero_computation
+        ]
+        return torch.stack(places, -1)
 
     def _asked(self, choice_TE: Tensor, scores_TE: Tensor, allowed_BSE: Tensor | None) -> tuple[Tensor, Tensor]:
         """Boolean (T, K, E): each token's first, second, ... choice; and the weights (T, E)."""
@@ -133,17 +161,17 @@ class Capacity(Selection):
     def _sample(self, asked_TKE: Tensor, weight_TE: Tensor) -> Tensor:
         return asked_TKE
 
-    def _served(self, asked_GNKE: Tensor, choice_BSE: Tensor, capacity_G: Tensor) -> Tensor:
+    def _served(self, asked_GNKE: Tensor, choice_BSE: Tensor, capacity_GE: Tensor) -> Tensor:
         groups, tokens, k, num_experts = asked_GNKE.shape
         if self.order == "position":
             # Places in the queue of each expert: all first choices by position, then all second ones.
             queue_GQE = asked_GNKE.transpose(1, 2).reshape(groups, k * tokens, num_experts)
             place_GQE = queue_GQE.cumsum(1) - 1
-            served_GQE = queue_GQE & (place_GQE < capacity_G[:, None, None])
+            served_GQE = queue_GQE & (place_GQE < capacity_GE[:, None])
             return served_GQE.view(groups, k, tokens, num_experts).transpose(1, 2)
         by_expert_GEN = choice_BSE.reshape(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
         asked_GEN = asked_GNKE.any(2).transpose(1, 2).flatten(0, 1)
-        best_GEN = top_of_groups(by_expert_GEN, asked_GEN, capacity_G.repeat_interleave(num_experts))
+        best_GEN = top_of_groups(by_expert_GEN, asked_GEN, capacity_GE.flatten())
         return asked_GNKE & best_GEN.view(groups, num_experts, tokens).transpose(1, 2)[:, :, None]
 
 
