@@ -102,8 +102,9 @@ class Context:
     layer: int = 0
     """Position of the router's layer among those that share its gate, 0 first."""
     step: int = 0
-    """Training passes before this one, for gates and selections that change in the course of training. A number and
-    not a tensor, so that recomputation under gradient checkpointing sees the one of its forward pass."""
+    """Steps of training before this one, for gates and selections that change in its course: what the model counts,
+    optimizer steps under our trainer. A number and not a tensor, so that recomputation under gradient checkpointing
+    sees the one of its forward pass."""
     previous: Routing | None = None
     """What the same factor's router decided in the routed layer before."""
     reuse: bool = False

@@ -104,3 +104,23 @@ def test_k_must_fit_the_experts_and_the_selection():
         Hash(2).check(4, TopK(1))
     Hash(2).check(4, TopK(2))
     Hash(2).check(4, TopC(1.0))
+
+
+def test_a_balanced_gate_waits_for_the_counts():
+    gate, ids_BS = Hash(1, balanced=True).build(3, 2, vocab_size=4), torch.arange(4)[None]
+    assert Hash(1, balanced=True).counts_tokens
+    assert not Hash(1).counts_tokens
+    with pytest.raises(UserError, match="does not know the training text"):
+        route(gate, ids_BS, 1)
+    gate.count_tokens(torch.tensor([3, 8, 1, 4]))
+    assert route(gate, ids_BS, 1).assignment.top_expert_T().tolist() == [1, 0, 1, 1]
+    other = Hash(1, balanced=True).build(3, 2, vocab_size=4)
+    other.load_state_dict(gate.state_dict())
+    assert torch.equal(other.table_VK, gate.table_VK)
+
+
+def test_counts_do_not_touch_a_random_table():
+    gate = Hash(1).build(3, 2, vocab_size=40)
+    before = gate.table_VK.clone()
+    gate.count_tokens(torch.arange(40))
+    assert torch.equal(gate.table_VK, before)

@@ -8,9 +8,11 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from crossways.errors import UserError
-from crossways.models import CrosswaysConfig
+from crossways.gates import HashGate
+from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.training import trainer as trainer_module
 from crossways.training.corpus import CorpusSettings, load_corpus
+from crossways.training.packing import token_counts
 from crossways.training.run import train_model
 from crossways.training.settings import TrainingSettings
 from crossways.training.tokenizer import TokenizerSettings, load_tokenizer
@@ -114,6 +116,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(text, tmp_path, monkeyp
         torch.testing.assert_close(resumed.model.state_dict()[name], expected, rtol=0, atol=0, equal_nan=True)
     assert resumed.curve == whole.curve
     assert len(resumed.curve) == 3
+
+
+BALANCED = {"gate": {"name": "hash", "k": 1, "balanced": True}, "select": {"name": "top_k", "k": 1}}
+
+
+def test_a_balanced_hash_is_made_from_the_corpus_before_the_first_step(text, tmp_path):
+    corpus, tokenizer = text
+    trained = train(text, tmp_path, model=BALANCED)
+    counts_V = torch.from_numpy(token_counts(corpus, tokenizer, len(tokenizer), tmp_path / "cache"))
+    tables = [gate.table_VK for gate in trained.model.model.gates]
+    loads = [torch.zeros(4).index_add(0, table_VK[:, 0], counts_V.float()) for table_VK in tables]
+    assert all(load_E.max() <= load_E.mean() + counts_V.max() for load_E in loads)
+    by_hand = HashGate(len(tokenizer), 4, 1)
+    by_hand.balance(counts_V)
+    assert all(torch.equal(table_VK, by_hand.table_VK) for table_VK in tables)
+    kept = CrosswaysForCausalLM.from_pretrained(get_last_checkpoint(str(tmp_path)))
+    assert all(torch.equal(gate.table_VK, by_hand.table_VK) for gate in kept.model.gates)
 
 
 def test_training_a_finished_run_again_returns_it(text, tmp_path):

@@ -30,6 +30,10 @@ class Gate(nn.Module):
         """Hidden states (B, S, D) to float32 logits (B, S, E), or to a `GateOutput`."""
         raise NotImplementedError
 
+    def count_tokens(self, counts_V: Tensor) -> None:
+        """Learn how often each token id occurs in the training text, int64 (V,), before the first step. For gates
+        that are made from it (`GateSpec.counts_tokens`); nothing happens by default."""
+
     def weights_per_token(self) -> int:
         """Weights that one layer's pass multiplies a token by, for counting operations; by default all matrices."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.dim() > 1)
@@ -42,7 +46,12 @@ class GateSpec:
     name: ClassVar[str]
     """What selects the gate in a configuration."""
     scheduled: ClassVar[bool] = False
-    """Whether the gate changes in the course of training, so that the model must count its training passes."""
+    """Whether the gate changes in the course of training, so that the model must count its steps."""
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the gate must be told how often each token id occurs before it can route."""
+        return False
 
     def check(self, num_experts: int, select: Selection | None = None) -> None:
         """Raise `UserError` if the gate cannot work with this many experts or with this selection."""

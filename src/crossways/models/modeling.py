@@ -87,10 +87,13 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     """Decoder without a language-model head. It owns the gates, so layers that share one hold no copy of it.
 
     Where a gate or the selection is scheduled, the buffer `training_passes` counts the forward passes in training
-    mode with gradients; it is part of the checkpoint.
+    mode with gradients, or optimizer steps while `crossways.training.steps.CountOptimizerSteps` sees to it; it is
+    part of the checkpoint.
     """
 
     training_passes: Tensor
+    counts_passes: bool
+    """Whether a training pass raises the count by itself."""
 
     def __init__(self, config: CrosswaysConfig) -> None:
         super().__init__(config)
@@ -106,6 +109,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         )
         if config.scheduled:
             self.register_buffer("training_passes", torch.zeros((), dtype=torch.long))
+        self.counts_passes = True
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -115,6 +119,12 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     def routers(self) -> list[Router]:
         """All R routers, layer by layer and factor by factor, in the order of `routings`."""
         return [router for layer in self.layers for router in cast(CrosswaysDecoderLayer, layer).routers]
+
+    def count_tokens(self, counts_V: Tensor) -> None:
+        """Tell every gate how often each token id occurs in the training text, int64 (V,). Needed once, before the
+        first step, by gates whose specification says `counts_tokens`; part of the checkpoint afterwards."""
+        for gate in self.gates:
+            cast(Gate, gate).count_tokens(counts_V)
 
     def _contexts(
         self, valid_BS: Tensor | None, token_ids_BS: Tensor | None, causal: bool
@@ -215,7 +225,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         density = torch.stack(decided).mean() if decided and self.config.sparsity_budget else None
         for router, routing in zip(self.routers, routings, strict=True):
             router.observe(routing, density)
-        if self.config.scheduled:
+        if self.config.scheduled and self.counts_passes:
             self.training_passes += 1
 
 

@@ -108,7 +108,8 @@ class Evaluation(_Frozen):
     bits_per_byte: float
     """Bits per byte of text under the rule the model was trained with."""
     rule: str
-    """The selection rule, such as "top_k(k=2)"."""
+    """The routing rule: selection of score, such as "top_k(k=2) of softmax()", and gate and sharing where they are
+    not plain."""
     leaky: bool
     """Whether the rule looks at later tokens or other rows of the batch, so that its figures may flatter."""
     leak_reason: str = ""

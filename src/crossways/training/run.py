@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 from transformers.trainer_utils import get_last_checkpoint
 
 from crossways.errors import UserError
+from crossways.gates import build_gate
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.models.losses import AUXILIARY_LOSSES
 from crossways.training.checkpoints import remove_torn_checkpoints
 from crossways.training.corpus import Corpus
 from crossways.training.memory import peak_memory_bytes, reset_peak_memory
-from crossways.training.packing import training_windows
+from crossways.training.packing import token_counts, training_windows
 from crossways.training.settings import TrainingSettings
 from crossways.training.trainer import CrosswaysTrainer
 
@@ -75,9 +76,13 @@ def train_model(
             f"model.max_position_embeddings (now {config.max_position_embeddings})"
         )
     remove_torn_checkpoints(out_dir)
-    windows = training_windows(corpus, tokenizer, settings.sequence_length, seed, cache_dir or out_dir / "cache")
+    cache_dir = cache_dir or out_dir / "cache"
+    windows = training_windows(corpus, tokenizer, settings.sequence_length, seed, cache_dir)
     set_seed(seed)
     model = CrosswaysForCausalLM(config)
+    if build_gate(config.gate).counts_tokens:
+        counts_V = token_counts(corpus, tokenizer, config.vocab_size, cache_dir)
+        model.model.count_tokens(torch.from_numpy(counts_V))
     trainer = CrosswaysTrainer(
         model=model,
         args=_arguments(settings, out_dir, seed, progress),

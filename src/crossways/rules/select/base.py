@@ -33,7 +33,7 @@ class Selection:
     name: ClassVar[str]
     """What selects the rule in a configuration."""
     scheduled: ClassVar[bool] = False
-    """Whether the rule changes in the course of training, so that the model must count its training passes."""
+    """Whether the rule changes in the course of training, so that the model must count its steps."""
     chooses_by: ClassVar[Literal["scores", "logits"]] = "scores"
     """What the router hands over as `choice_BSE`: most papers rank scores; a few solve a problem in the logits."""
 
@@ -67,7 +67,7 @@ class Selection:
         """Raise `UserError` if the rule cannot work with this many experts."""
 
     def at_step(self, step: int) -> Selection:
-        """The rule after `step` training passes; itself unless it is scheduled."""
+        """The rule after so many steps of training; itself unless it is scheduled."""
         return self
 
     def decode_twin(self) -> Selection:

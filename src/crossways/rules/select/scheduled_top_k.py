@@ -18,9 +18,8 @@ from crossways.rules.select.top_k import TopK
 
 @dataclass(frozen=True)
 class ScheduledTopK(Selection):
-    """Top-k with k going linearly from `k` to `k_end` over `steps` training passes, rounded, and staying there
-    (SMoE-Dropout, Chen et al. 2023, arXiv 2303.01610: a frozen random router, and k from few experts to all; the
-    straight line is the default of the authors' code).
+    """Top-k with k going linearly from `k` to `k_end` over `steps` optimizer steps, rounded, and staying there
+    (SMoE-Dropout, arXiv 2303.01610, section 3: a frozen random router, and k from few experts to all).
 
     Evaluation uses the k that training has reached, which is part of the checkpoint. Called by itself, without a
     model that counts, it is at the start.
@@ -37,8 +36,8 @@ class ScheduledTopK(Selection):
     k_end: int
     """Experts per token after the schedule, 1 to E; all E in SMoE-Dropout."""
     steps: int
-    """Training passes from one to the other, at least 1. Passes, not optimizer steps: with gradients accumulated over
-    n batches, n times as many."""
+    """Optimizer steps from one to the other, at least 1 (training passes where neither our trainer nor its
+    `CountOptimizerSteps` is used)."""
 
     def __post_init__(self) -> None:
         for field in ("k", "k_end", "steps"):
