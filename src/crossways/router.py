@@ -5,52 +5,28 @@ Legend: B batch, S sequence, T = B * S tokens, D model width, E experts, C cutof
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from crossways.assignment import Assignment
-from crossways.errors import UserError
+from crossways.learnt import Learnt, Sparsity
 from crossways.routing import Context, GateOutput, Perturbation, Routing
 from crossways.rules.score import Score
 from crossways.rules.select import Selection, Threshold
 
-
-@dataclass(frozen=True)
-class Sparsity:
-    """How the weight of the sparsity loss follows the density of what is executed (ReMoE, Wang et al. 2024, arXiv
-    2412.14711, section 3.3, eq. 7-8): multiplied by `growth` after a batch that is too dense, divided by
-    it after a too sparse one."""
-
-    target: float
-    """Share of pairs to execute, k / E, above 0 and at most 1."""
-    start: float = 1e-8
-    """First weight; 1e-8 in the paper, small enough that training starts dense."""
-    growth: float = 1.2
-    """Factor, above 1; 1.2 in the paper."""
-
-    def change(self, density: Tensor) -> Tensor:
-        """What to multiply the weight by after a batch of this density, scalar; 1 where it is NaN."""
-        return self.growth ** torch.sign(density - self.target).nan_to_num(0.0)
+__all__ = ["Router", "Sparsity"]
 
 
-class Router(nn.Module):
+class Router(Learnt):
     """Turns hidden states into a `Routing`.
 
     The gate is given at call time when layers share it (the model owns the gates), or owned when passed here.
-    What is learnt without gradients are buffers, float32 and part of the checkpoint, only where they are needed:
-    `cutoff` (C,), the running estimate of the decode twin's threshold; `normaliser` (E,), that of its score; `bias`
-    (E,), what loss-free balancing adds to the scores when choosing (DeepSeek-V3, arXiv 2412.19437, eq. 16); and
-    `sparsity_coef` (), the weight of the sparsity loss that ReMoE adapts (arXiv 2412.14711, eq. 7).
+    What is learnt without gradients is `Learnt`'s; to the `bias`, if there is one, loss-free balancing (DeepSeek-V3,
+    arXiv 2412.19437, eq. 16) gives the choice by scores, quantile balancing the choice by logits.
     """
-
-    cutoff: Tensor
-    normaliser: Tensor
-    bias: Tensor
-    sparsity_coef: Tensor
 
     def __init__(
         self,
@@ -64,6 +40,8 @@ class Router(nn.Module):
         bias_update_rate: float = 0.0,
         expert_dropout: float = 0.0,
         input_jitter: float = 0.0,
+        input_dropout: float = 0.0,
+        price_momentum: float | None = None,
         sparsity: Sparsity | None = None,
         gate: nn.Module | None = None,
     ) -> None:
@@ -82,6 +60,9 @@ class Router(nn.Module):
             input_jitter: eps, 0 to below 1: in training the gate, but not the experts, reads its input times
                 uniform(1 - eps, 1 + eps), drawn for every number (Switch Transformers, arXiv 2101.03961, the
                 appendix on exploration across experts; 0.01 in the authors' code).
+            input_dropout: probability that a number of the gate's input is zero in training, 0 to below 1.
+            price_momentum: share of the old prices kept at each step of quantile balancing, 0 to below 1; None for no
+                such balancing.
             sparsity: how to adapt the weight of the sparsity loss, None for no such loss.
             gate: module from (B, S, D) and a `Context` to logits (B, S, E) or a `GateOutput`, or None to get one at
                 every call.
@@ -89,48 +70,19 @@ class Router(nn.Module):
         Raises:
             UserError: if the selection cannot work with E experts.
         """
-        super().__init__()
         select.check(num_experts)
-        self.num_experts, self.score, self.select = num_experts, score, select
-        self.renormalize, self.weight_scale, self.cutoff_momentum = renormalize, weight_scale, cutoff_momentum
-        self.bias_update_rate, self.expert_dropout = bias_update_rate, expert_dropout
-        self.input_jitter = input_jitter
-        self.sparsity, self.gate = sparsity, gate
+        super().__init__(
+            num_experts,
+            score,
+            select,
+            cutoff_momentum=cutoff_momentum,
+            bias_update_rate=bias_update_rate,
+            price_momentum=price_momentum,
+            sparsity=sparsity,
+        )
+        self.renormalize, self.weight_scale, self.expert_dropout = renormalize, weight_scale, expert_dropout
+        self.input_jitter, self.input_dropout, self.gate = input_jitter, input_dropout, gate
         self.perturbation: Perturbation | None = None
-        twin = select.decode_twin()
-        self.has_cutoff = isinstance(twin, Threshold) and twin.value is None
-        self.has_normaliser = score.normaliser(torch.zeros(1, 1, num_experts, device="cpu")) is not None
-        shapes = {
-            "cutoff": (num_experts if twin.per_expert else 1,) if isinstance(twin, Threshold) else None,
-            "normaliser": (num_experts,) if self.has_normaliser else None,
-            "bias": (num_experts,) if bias_update_rate else None,
-            "sparsity_coef": () if sparsity else None,
-        }
-        for name, shape in shapes.items():
-            if shape is not None and (name != "cutoff" or self.has_cutoff):
-                self.register_buffer(name, torch.full(shape, self.initial(name), dtype=torch.float32))
-
-    def initial(self, buffer: str) -> float:
-        """The value with which a buffer starts; NaN means that nothing is known yet."""
-        if buffer == "sparsity_coef":
-            return self.sparsity.start if self.sparsity else 0.0
-        return 0.0 if buffer == "bias" else torch.nan
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move and convert as any module, but keep the buffers in float32: they are compared with float32 scores, and
-        an update of one per cent is lost in bfloat16."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
-
-    def snapshot(self, buffer: str) -> Tensor | None:
-        """A copy of `cutoff`, `normaliser` or `bias` as it is now, None for a router without."""
-        current = self._buffers.get(buffer)
-        return None if current is None else current.clone()
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Routing:
         """Decide.
@@ -148,10 +100,7 @@ class Router(nn.Module):
         gate = context.gate if context.gate is not None else self.gate
         if gate is None:
             raise ValueError("this router owns no gate: pass one in the context or to the constructor")
-        if self.training and self.input_jitter:
-            x_BSD = x_BSD.float()  # factors so near to one would be few in bfloat16
-            x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
-        said = gate(x_BSD, context)
+        said = gate(self._disturbed(x_BSD) if self.training else x_BSD, context)
         out = said if isinstance(said, GateOutput) else GateOutput(said)
         deciding_BSE = out.logits_BSE if out.choice_BSE is None else out.choice_BSE
         allowed_BSE = None if context.valid_BS is None else context.valid_BS[..., None].expand_as(deciding_BSE)
@@ -169,6 +118,13 @@ class Router(nn.Module):
             return self.perturbation(deciding_BSE, allowed_BSE, decide)
         return decide(deciding_BSE, allowed_BSE)
 
+    def _disturbed(self, x_BSD: Tensor) -> Tensor:
+        """What the gate reads in training."""
+        if self.input_jitter:
+            x_BSD = x_BSD.float()  # factors so near to one would be few in bfloat16
+            x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
+        return functional.dropout(x_BSD, self.input_dropout) if self.input_dropout else x_BSD
+
     def _decide(
         self, logits_BSE: Tensor, deciding_BSE: Tensor, allowed_BSE: Tensor | None, context: Context
     ) -> Routing:
@@ -178,12 +134,16 @@ class Router(nn.Module):
         deciding_scores_BSE = scores_BSE if deciding_BSE is logits_BSE else score(deciding_BSE, context.valid_BS)
         choice_BSE = self._choice(deciding_BSE, deciding_scores_BSE, context)
         seen_C = self._cutoff_of(deciding_BSE, choice_BSE, allowed_BSE, context, seen_E)
-        assignment = self._selected_by(context, seen_C)(choice_BSE, scores_BSE, allowed_BSE)
+        rule = self._selected_by(context, seen_C)
+        assignment = rule(choice_BSE, scores_BSE, allowed_BSE)
+        asking = rule.asking() if self.training else None
         return Routing(
             logits_TE=logits_BSE.flatten(0, 1),
             scores_TE=scores_BSE.flatten(0, 1),
             choice_TE=choice_BSE.detach().flatten(0, 1),
             assignment=self._weighted(assignment),
+            asked=None if asking is None else asking(choice_BSE, scores_BSE, allowed_BSE),
+            earlier_load_E=self.step_load(),
             valid_T=None if context.valid_BS is None else context.valid_BS.flatten(),
             cutoff_C=seen_C,
             normaliser_E=seen_E,
@@ -198,9 +158,11 @@ class Router(nn.Module):
         return assignment.with_weights(assignment.weight_P * self.weight_scale)
 
     def _choice(self, logits_BSE: Tensor, scores_BSE: Tensor, context: Context) -> Tensor:
-        choice_BSE = logits_BSE if self.select.chooses_by == "logits" else scores_BSE
-        bias_E = self._buffers.get("bias") if context.bias_E is None else context.bias_E
-        return choice_BSE if bias_E is None else choice_BSE + bias_E
+        by_logits = self.select.chooses_by == "logits" or self.price_momentum is not None
+        choice_BSE = logits_BSE if by_logits else scores_BSE
+        if not self.has_bias:
+            return choice_BSE
+        return choice_BSE + (self.bias if context.bias_E is None else context.bias_E)
 
     def _cutoff_of(
         self,
@@ -230,48 +192,6 @@ class Router(nn.Module):
         if not (isinstance(rule, Threshold) and rule.value is None):
             return rule.in_training() if self.training else rule
         return rule.at(self._running("cutoff", context.cutoff_C, seen_C, self.select.name))
-
-    def _running(self, buffer: str, given: Tensor | None, seen: Tensor | None, rule: str) -> Tensor:
-        """The running estimate; a rule's first training step has nothing but its own batch to go by."""
-        running = getattr(self, buffer) if given is None else given
-        if not running.isnan().any():
-            return running
-        if seen is not None:
-            return seen
-        raise UserError(
-            f"the router of {rule!r} has no {buffer} yet for its causal decode twin: train the model for a step or "
-            "calibrate it on text first"
-        )
-
-    @torch.no_grad()
-    def observe(self, routing: Routing, density: Tensor | None = None) -> None:
-        """Learn from a training batch what is not learnt by gradients. Called once per forward pass, outside any
-        recomputation.
-
-        A batch without an estimate (padding alone, or NaN scores) leaves the old one as it is.
-
-        Args:
-            routing: what this router decided.
-            density: mean of `Routing.density` over the routers that share one sparsity target, as in ReMoE; by
-                default that of this routing.
-        """
-        if routing.reused:
-            return
-        if self.bias_update_rate:
-            load_E = routing.assignment.load_E().float()
-            self.bias += self.bias_update_rate * torch.sign(load_E.mean() - load_E)
-        if self.sparsity is not None:
-            self.sparsity_coef *= self.sparsity.change(routing.density() if density is None else density)
-        self._blend("cutoff", routing.cutoff_C)
-        self._blend("normaliser", routing.normaliser_E)
-
-    def _blend(self, buffer: str, seen: Tensor | None) -> None:
-        if seen is None:
-            return
-        running = getattr(self, buffer)
-        seen = seen.to(running.dtype)
-        updated = torch.where(running.isnan(), seen, torch.lerp(seen, running, self.cutoff_momentum))
-        running.copy_(torch.where(seen.isnan(), running, updated))
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, score={self.score}, select={self.select}"

@@ -61,6 +61,10 @@ class Routing:
     """Whether the gate no longer learns whom to choose; a balance loss could then only spoil the weights."""
     noise: GateNoise | None = None
     """The noise in the logits, (T, E), for a gate that adds some; None otherwise."""
+    asked: Assignment | None = None
+    """In training, what would be executed if nobody were dropped, for rules that drop; None for all others."""
+    earlier_load_E: Tensor | None = None
+    """Executed pairs per expert in earlier passes of the same optimizer step, float32 (E,); None in its first."""
 
     def density(self) -> Tensor:
         """Executed pairs over all pairs of valid tokens, scalar float32 in [0, 1]; NaN for padding alone."""

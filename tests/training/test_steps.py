@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from crossways.models import CrosswaysForCausalLM
-from crossways.training.steps import CountOptimizerSteps
+from crossways.training.steps import OptimizerSteps
 from crossways.training.trainer import CrosswaysTrainer
 
 SCHEDULE = {"select": {"name": "scheduled_top_k", "k": 1, "k_end": 4, "steps": 3}, "gate": "random"}
@@ -87,7 +87,7 @@ def test_any_trainer_counts_steps_with_the_callback_and_passes_without(tiny, tra
     settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "remove_unused_columns": False}
     with_it, without = tiny(**SCHEDULE), tiny(**SCHEDULE)
     trainer = trainer_of(with_it, Trainer, **settings)
-    trainer.add_callback(CountOptimizerSteps)
+    trainer.add_callback(OptimizerSteps)
     trainer.train()
     trainer_of(without, Trainer, "without", **settings).train()
     assert with_it.model.training_passes == 2

@@ -86,7 +86,7 @@ class Stable(GateSpec):
 
     freeze_after: int
     """Optimizer steps of stage 1, at least 0; a tenth of all in the authors' code (training passes where neither our
-    trainer nor its `CountOptimizerSteps` is used)."""
+    trainer nor its `OptimizerSteps` is used)."""
     dim: int = 50
     """Width of the word embeddings, at least 1; 50 in the paper."""
 

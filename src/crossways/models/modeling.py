@@ -87,13 +87,13 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     """Decoder without a language-model head. It owns the gates, so layers that share one hold no copy of it.
 
     Where a gate or the selection is scheduled, the buffer `training_passes` counts the forward passes in training
-    mode with gradients, or optimizer steps while `crossways.training.steps.CountOptimizerSteps` sees to it; it is
-    part of the checkpoint.
+    mode with gradients, or optimizer steps while `crossways.training.steps.OptimizerSteps` sees to it; it is part of
+    the checkpoint.
     """
 
     training_passes: Tensor
-    counts_passes: bool
-    """Whether a training pass raises the count by itself."""
+    pass_is_step: bool
+    """Whether a training pass is an optimizer step by itself; otherwise `finish_step` says when one ends."""
 
     def __init__(self, config: CrosswaysConfig) -> None:
         super().__init__(config)
@@ -109,7 +109,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         )
         if config.scheduled:
             self.register_buffer("training_passes", torch.zeros((), dtype=torch.long))
-        self.counts_passes = True
+        self.pass_is_step = True
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -224,8 +224,15 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         decided = [routing.density() for routing in routings if not routing.reused]
         density = torch.stack(decided).mean() if decided and self.config.sparsity_budget else None
         for router, routing in zip(self.routers, routings, strict=True):
-            router.observe(routing, density)
-        if self.config.scheduled and self.counts_passes:
+            router.observe(routing, density, step_ends=False)
+        if self.pass_is_step:
+            self.finish_step()
+
+    def finish_step(self) -> None:
+        """An optimizer step is over: routers move what balances them, schedules advance."""
+        for router in self.routers:
+            router.finish_step()
+        if self.config.scheduled:
             self.training_passes += 1
 
 

@@ -1,4 +1,4 @@
-"""Schedules in optimizer steps: what a model counts while a `Trainer` drives it."""
+"""Which training passes make one optimizer step: what a `Trainer` knows and a model does not."""
 
 from __future__ import annotations
 
@@ -11,36 +11,39 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from crossways.models import CrosswaysModel
 
 
-class CountOptimizerSteps(TrainerCallback):
-    """Makes scheduled gates and selections count optimizer steps instead of training passes, which differ when
-    gradients are accumulated. `CrosswaysTrainer` has it; add it to any other `Trainer` of transformers.
+class OptimizerSteps(TrainerCallback):
+    """Makes a model count optimizer steps, and balance by all batches of a step, where it would by itself take every
+    training pass for a step; they differ when gradients are accumulated. `CrosswaysTrainer` has it; add it to any other
+    `Trainer` of transformers.
 
-    The count goes up at the end of a step, before its checkpoint is written, so an interrupted run goes on with the
-    count that it had, and a model that is trained again goes on counting.
+    A step ends before its checkpoint is written, so an interrupted run goes on with the count that it had, and a model
+    that is trained again goes on counting.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on passes do not count."""
-        for module in _scheduled(kwargs["model"]):
-            module.counts_passes = False
+        """From here on a pass is not a step."""
+        for module in _models(kwargs["model"]):
+            module.pass_is_step = False
+            for router in module.routers:
+                router.passes.clear()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """One step more."""
-        for module in _scheduled(kwargs["model"]):
-            module.training_passes += 1
+        """This is one."""
+        for module in _models(kwargs["model"]):
+            module.finish_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Whoever trains on without a trainer counts passes again."""
-        for module in _scheduled(kwargs["model"]):
-            module.counts_passes = True
+        """Whoever trains on without a trainer has one pass per step again."""
+        for module in _models(kwargs["model"]):
+            module.pass_is_step = True
 
 
-def _scheduled(model: nn.Module) -> Iterator[CrosswaysModel]:
-    """The models that count, whatever wraps them."""
-    return (module for module in model.modules() if isinstance(module, CrosswaysModel) and module.config.scheduled)
+def _models(model: nn.Module) -> Iterator[CrosswaysModel]:
+    """Ours, whatever wraps them."""
+    return (module for module in model.modules() if isinstance(module, CrosswaysModel))

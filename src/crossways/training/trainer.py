@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import get_last_checkpoint
 
 from crossways.errors import UserError
-from crossways.training.steps import CountOptimizerSteps
+from crossways.training.steps import OptimizerSteps
 
 
 class NonFiniteLossError(UserError):
@@ -38,7 +38,7 @@ class CrosswaysTrainer(Trainer):
         self._forward_passes = 0
         self._timer = _StepTimer()
         self.add_callback(self._timer)
-        self.add_callback(CountOptimizerSteps)
+        self.add_callback(OptimizerSteps)
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any

@@ -79,6 +79,11 @@ class Selection:
         generator, so gradient checkpointing repeats them."""
         return self
 
+    def asking(self) -> Selection | None:
+        """The rule without dropping anybody, for balancing losses that count who was asked for; None if it drops
+        nobody."""
+        return None
+
     def cutoff(self, choice_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Tensor | None:
         """The threshold, (1,) or (E,), that would have spent the same budget on this batch; None if the rule and
         its decode twin need none."""

@@ -6,7 +6,7 @@ Legend: B batch, S sequence, E experts, G groups, N tokens of a group, K experts
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal, get_args
 
@@ -116,7 +116,10 @@ class Capacity(Selection):
             )
 
     def decode_twin(self) -> Capacity:
-        return self if self.factor is None else replace(self, factor=None)
+        return self if self.factor is None else Capacity(**(vars(self) | {"factor": None}))
+
+    def asking(self) -> Capacity | None:
+        return None if self.factor is None else self.decode_twin()
 
     def in_training(self) -> Capacity:
         if self.second == "always":

@@ -37,7 +37,7 @@ class ScheduledTopK(Selection):
     """Experts per token after the schedule, 1 to E; all E in SMoE-Dropout."""
     steps: int
     """Optimizer steps from one to the other, at least 1 (training passes where neither our trainer nor its
-    `CountOptimizerSteps` is used)."""
+    `OptimizerSteps` is used)."""
 
     def __post_init__(self) -> None:
         for field in ("k", "k_end", "steps"):
