@@ -10,7 +10,7 @@ from torch import nn
 
 from crossways.experts.module import Experts
 from crossways.gates import LinearGate
-from crossways.layers import CartesianMoE, FeedForward, MoE
+from crossways.layers import CartesianMoE, FeedForward, MoE, SharedExpert
 from crossways.router import Router
 from crossways.routing import Context
 from crossways.rules.score import Softmax
@@ -138,3 +138,15 @@ def test_stacked_routers_may_all_read_the_layers_input(skip):
     y3_TD = factors[2].experts(norms[1](h2_BSD).flatten(0, 1), routings[2].assignment)
     last_BSD = (r_BSD if skip == "input" else h2_BSD) + y3_TD.view_as(r_BSD)
     torch.testing.assert_close(r_BSD + added_BSD, last_BSD)
+
+
+def test_a_shared_expert_may_be_scaled_and_gated():
+    x_BSD = torch.randn(1, 3, WIDTH)
+    plain = FeedForward(WIDTH, 5)
+    shared = SharedExpert(WIDTH, 5, scale=0.5, gated=True)
+    shared.load_state_dict(plain.state_dict() | {"gate.weight": torch.full((1, WIDTH), 0.3)})
+    factor_BS1 = 1 / (1 + (-0.3 * x_BSD.sum(-1, keepdim=True)).exp())
+    torch.testing.assert_close(shared(x_BSD), 0.5 * factor_BS1 * plain(x_BSD))
+    same = SharedExpert(WIDTH, 5)
+    same.load_state_dict(plain.state_dict())  # neither: no parameter more
+    assert torch.equal(same(x_BSD), plain(x_BSD))

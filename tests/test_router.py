@@ -206,3 +206,14 @@ def test_jitter_leaves_the_experts_input_alone_and_passes_gradients():
     router(x_BSD).scores_TE.square().sum().backward()
     assert torch.equal(x_BSD, before_BSD)
     assert x_BSD.grad.any()
+
+
+def test_dropout_of_the_routers_input_in_training_alone():
+    gate = Reading()
+    router, x_BSD = Router(4, Softmax(), TopK(1), gate=gate, input_dropout=0.25), torch.ones(8, 50, 4)
+    router.eval()(x_BSD)
+    assert torch.equal(gate.read_BSD, x_BSD)
+    torch.manual_seed(0)
+    router.train()(x_BSD)
+    assert gate.read_BSD.unique().tolist() == [0, pytest.approx(4 / 3)]
+    assert (gate.read_BSD == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)

@@ -33,6 +33,37 @@ class FeedForward(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x_BSD)))
 
 
+class SharedExpert(FeedForward):
+    """The feed-forward network that every token passes through, times a fixed `scale`, times sigmoid(w x) with a
+    learnt w where it is gated (Qwen2-MoE; `moe_shared_expert_gate` of Megatron-core)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "swiglu",
+        scale: float = 1.0,
+        gated: bool = False,
+    ) -> None:
+        """
+        Args:
+            hidden_size: D.
+            intermediate_size: F.
+            activation: as for experts.
+            scale: factor on the output; 1 is the customary form.
+            gated: whether to learn w, (1, D) without bias.
+        """
+        super().__init__(hidden_size, intermediate_size, activation)
+        self.scale = scale
+        self.gate = nn.Linear(hidden_size, 1, bias=False) if gated else None
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        y_BSD = super().forward(x_BSD)
+        y_BSD = y_BSD if self.gate is None else y_BSD * self.gate(x_BSD).sigmoid()
+        return y_BSD if self.scale == 1.0 else y_BSD * self.scale
+
+
 class MoE(nn.Module):
     """y = sum over chosen experts of weight_e FFN_e(x), plus FFN_shared(x) where there is a shared expert.
 

@@ -157,7 +157,7 @@ class Learnt(nn.Module):
         if not self.passes:
             return
         if self.bias_update_rate:
-            load_E = self.step_load()
+            load_E = torch.stack([one.load_E for one in self.passes]).sum(0)
             self.bias += self.bias_update_rate * torch.sign(load_E.mean() - load_E)
         if self.price_momentum is not None:
             price_E = torch.stack([one.price_E for one in self.passes if one.price_E is not None]).mean(0)

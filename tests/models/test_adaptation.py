@@ -258,7 +258,7 @@ def test_what_a_family_cannot_express_is_refused(tiny_model, fields, words):
         {"sparsity_coef_start": 0.0},
         {"entropy_coef": -1.0},
         {"router_input": "input"},
-        {"zero_computation_balance": 1.5},
+        {"zero_computation_balance": -0.5},
         {"select": {"name": "top_k", "k": 5}},
         {"select": {"name": "group_limited", "k": 2, "n_group": 3, "topk_group": 1}},
     ],

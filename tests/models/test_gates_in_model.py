@@ -250,3 +250,9 @@ def test_unequal_blocks_in_a_model(tiny_model, tiny_config, tokens):
     assert model.config.gate_plan == PerBlock([1, 2]).plan(3)
     assert tiny_config(moe_every=0, sharing={"name": "block", "size": [1, 2]}).gate_plan == []  # dense: no blocks
     assert model(tokens[0]).logits.isfinite().all()
+
+
+def test_gates_may_start_smaller_than_the_rest(tiny_model):
+    model = tiny_model(False, hidden_size=32, router_initializer_range=0.01)
+    assert model.model.gates[0].weight.std().item() == pytest.approx(0.01, rel=0.3)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.3, rel=0.1)

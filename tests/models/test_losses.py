@@ -8,14 +8,18 @@ from torch.nn import functional
 
 from crossways.models.losses import AUXILIARY_LOSSES, auxiliary_losses, share_of_step
 from crossways.rules.balance import (
+    balance_product,
     communication_balance_loss,
     device_balance_loss,
     excess_load_loss,
     importance_loss,
     load_balance_loss,
     load_loss,
+    mutual_information_loss,
     router_z_loss,
+    sequence_entropy_loss,
 )
+from crossways.rules.select import TopK
 
 
 def masked_labels(ids_BS, mask_BS):
@@ -117,6 +121,14 @@ EACH = {
         {"load_balance_coef": 0.5, "load_balance_temperature": 0.3},
         lambda r: load_balance_loss(r.logits_TE, r.assignment, r.valid_T, temperature=0.3),
     ),
+    "sequence_entropy": (
+        {"sequence_entropy_coef": 0.5},
+        lambda r: sequence_entropy_loss(r.logits_TE, r.num_rows, r.valid_T),
+    ),
+    "mutual_information": (
+        {"mutual_information_coef": 0.5},
+        lambda r: mutual_information_loss(r.logits_TE, r.valid_T),
+    ),
     "device_balance": (
         {"device_balance_coef": 0.5, **GROUPS},
         lambda r: device_balance_loss(r.logits_TE, r.assignment, 2, r.valid_T),
@@ -177,3 +189,49 @@ def test_noise_is_the_same_when_activations_are_computed_again(tiny_model, token
     plain, again = gradients_of(False), gradients_of(True)
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient)
+
+
+def test_the_balance_loss_may_take_the_layers_own_scores(tiny_model, tokens):
+    model = tiny_model(load_balance_coef=0.5, load_balance_probs="scores", score="sigmoid")
+    output = model(tokens[0], attention_mask=tokens[1], labels=tokens[0], output_routings=True)
+    for routing, loss in zip(output.routings, output.aux_losses["load_balance"], strict=True):
+        share_TE = (routing.logits_TE.sigmoid() / routing.logits_TE.sigmoid().sum(-1, keepdim=True))[routing.valid_T]
+        load_E = routing.assignment.load_E() / routing.assignment.num_pairs
+        torch.testing.assert_close(loss, 4 * (load_E * share_TE.mean(0)).sum())
+
+
+@pytest.mark.parametrize(("pairs", "k"), [("asked", 2), ("first", 1)])
+def test_the_balance_loss_may_count_before_anybody_is_dropped(tiny_model, tokens, pairs, k):
+    select = {"name": "capacity", "k": 2, "factor": 0.5}
+    model = tiny_model(load_balance_coef=0.5, load_balance_pairs=pairs, select=select).train()
+    output = model(tokens[0], attention_mask=tokens[1], labels=tokens[0], output_routings=True)
+    for routing, loss in zip(output.routings, output.aux_losses["load_balance"], strict=True):
+        scores_BSE = routing.scores_TE.view(3, 9, 4)
+        asked = TopK(k)(scores_BSE, scores_BSE, tokens[1].bool()[..., None].expand(3, 9, 4))
+        assert asked.num_pairs == k * tokens[1].sum()
+        assert routing.assignment.num_pairs < 2 * tokens[1].sum()
+        expected = balance_product(asked.load_E(), asked.num_pairs, routing.logits_TE.softmax(-1), routing.valid_T)
+        torch.testing.assert_close(loss, expected)
+    no_limit = tiny_model(load_balance_coef=0.5, load_balance_pairs=pairs).train()
+    output = no_limit(tokens[0], labels=tokens[0], output_routings=True)
+    first = output.routings[0].logits_TE.argmax(-1).bincount(minlength=4)
+    load_E = first if pairs == "first" else output.routings[0].assignment.load_E()
+    expected = balance_product(load_E, load_E.sum(), output.routings[0].logits_TE.softmax(-1))
+    torch.testing.assert_close(output.aux_losses["load_balance"][0], expected)
+
+
+def test_the_balance_loss_may_count_a_whole_step(tiny_model, tokens):
+    model = tiny_model(load_balance_coef=0.5, load_balance_scope="step").train()
+    model.model.pass_is_step = False
+
+    def balance(rows):
+        output = model(tokens[0][rows], labels=tokens[0][rows], output_routings=True)
+        return output.routings[0], output.aux_losses["load_balance"][0]
+
+    one, _ = balance(slice(0, 1))
+    two, loss = balance(slice(1, 3))
+    load_E = one.assignment.load_E() + two.assignment.load_E()
+    torch.testing.assert_close(loss, balance_product(load_E, load_E.sum(), two.logits_TE.softmax(-1)))
+    model.model.finish_step()
+    again, loss = balance(slice(1, 3))
+    torch.testing.assert_close(loss, load_balance_loss(again.logits_TE, again.assignment))

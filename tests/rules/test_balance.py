@@ -13,8 +13,10 @@ from crossways.rules.balance import (
     entropy_loss,
     importance_loss,
     load_balance_loss,
+    mutual_information_loss,
     router_z_loss,
     sequence_balance_loss,
+    sequence_entropy_loss,
     sparsity_loss,
 )
 from crossways.rules.select import TopC, TopK
@@ -215,3 +217,30 @@ def test_load_balance_at_a_temperature_by_hand():
     logits_TE = torch.tensor([[math.log(3), 0.0]] * 2)
     collapsed = assignment_of([[1.0, 0.0], [1.0, 0.0]])
     assert load_balance_loss(logits_TE, collapsed, temperature=0.5).item() == pytest.approx(2 * 0.9)
+
+
+EVEN, SURE = math.log(2), 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
+"""Entropies of (1/2, 1/2) and of (3/4, 1/4)."""
+
+
+def test_entropy_of_each_sequence_by_hand():
+    # (3/4, 1/4), (1/4, 3/4) in the first row: even; (3/4, 1/4) and padding in the second; the batch as a whole is not
+    logits_TE = torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)], [math.log(3), 0.0], [0.0, 50.0]])
+    valid_T = torch.tensor([True, True, True, False])
+    assert sequence_entropy_loss(logits_TE, 2, valid_T).item() == pytest.approx(-(EVEN + SURE) / 2)
+    torch.testing.assert_close(sequence_entropy_loss(logits_TE, 1, valid_T), entropy_loss(logits_TE, valid_T))
+    assert sequence_entropy_loss(logits_TE, 2, ~valid_T & valid_T).item() == 0
+
+
+def test_mutual_information_by_hand():
+    # two tokens that are sure of different experts: H(p_t) of each less the even H of the mean
+    logits_TE = torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)], [0.0, 50.0]])
+    valid_T = torch.tensor([True, True, False])
+    assert mutual_information_loss(logits_TE, valid_T).item() == pytest.approx(SURE - EVEN)
+    assert mutual_information_loss(logits_TE[:1]).item() == pytest.approx(0.0, abs=1e-6)  # one token tells nothing
+    far_TE = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
+    loss = mutual_information_loss(far_TE)
+    assert loss.item() == pytest.approx(-EVEN)
+    loss.backward()
+    assert far_TE.grad.isfinite().all()
+    assert mutual_information_loss(logits_TE, ~valid_T & valid_T).item() == 0

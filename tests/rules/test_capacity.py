@@ -52,6 +52,24 @@ def test_gshard_serves_first_choices_first():
     assert pairs(Capacity(2, 0.75, order="score"), PROBS_BSE) == {(0, 0), (1, 0), (3, 0), (2, 1), (3, 1), (1, 1)}
 
 
+def test_megatrons_policies_by_hand():
+    # k = 2, C = 3 as above. By token: all four ask both experts, so each serves the first three.
+    first_three = {(t, e) for t in range(3) for e in range(2)}
+    assert pairs(Capacity(2, 0.75, order="token"), PROBS_BSE) == first_three
+    # By weight: these scores order tokens otherwise than the weights that they are normalised to.
+    scores_BSE = torch.tensor([[[0.9, 0.8, 0.0], [0.6, 0.1, 0.0], [0.5, 0.0, 0.4]]])
+    # C = ceil(0.5 * 2 * 3 / 3) = 1. Weights at expert 0 are 9/17, 6/7, 5/9: token 1 is served, by score token 0.
+    by = {order: pairs(Capacity(2, 0.5, order=order, normalize=True), scores_BSE) for order in ("score", "weight")}
+    assert by == {"score": {(0, 0), (0, 1), (2, 2)}, "weight": {(1, 0), (0, 1), (2, 2)}}
+
+
+def test_what_was_asked_for_is_everybodys_choice():
+    assert Capacity(2, 0.75, order="score").asking() == Capacity(2, None, order="score")
+    assert Capacity(2, None).asking() is None
+    sampling = Capacity(2, 0.75, second="random").in_training()
+    assert sampling.asking()(PROBS_BSE, PROBS_BSE).num_pairs == 8
+
+
 def test_groups_by_hand():
     rows_BSE = PROBS_BSE.repeat(2, 1, 1)
     assert len(pairs(Capacity(1, 1.0), rows_BSE)) == 6
@@ -160,7 +178,7 @@ def test_the_router_samples_seconds_in_training_only():
     st.integers(1, 4),
     st.floats(0.05, 3.0),
     st.sampled_from(["sequence", "batch"]),
-    st.sampled_from(["position", "score"]),
+    st.sampled_from(["position", "score", "weight", "token"]),
     st.booleans(),
 )
 def test_no_expert_serves_more_than_its_capacity_and_none_is_idle_while_asked(b, s, e, factor, group, order, ties):

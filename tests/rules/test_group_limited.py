@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from crossways.errors import UserError
 from crossways.gates import LinearGate
 from crossways.router import Router
 from crossways.rules.score import Sigmoid
@@ -69,7 +70,9 @@ def test_against_transformers_deepseek_v3(seed, n_group, topk_group, k):
 
 
 @settings(deadline=None, max_examples=80, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 3), st.booleans(), st.sampled_from(["top2", "max"]))
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(2, 3), st.booleans(), st.sampled_from(["top2", "max", "top"])
+)
 def test_experts_come_from_few_groups_and_are_the_best_there(groups, sequence, size, ties, group_score):
     experts, topk_group = groups * size, 1 + int(torch.randint(groups, ()))
     k = 1 + int(torch.randint(topk_group * size, ()))
@@ -81,3 +84,15 @@ def test_experts_come_from_few_groups_and_are_the_best_there(groups, sequence, s
     assert (mask_TE.view(-1, groups, size).any(-1).sum(-1) <= topk_group).all()
     if topk_group == groups and not ties:
         assert torch.equal(mask_TE, TopK(k)(scores_BSE, scores_BSE).to_mask())
+
+
+def test_groups_ranked_by_as_many_as_a_token_takes():
+    # groups of three; k = 3 from one group: sums of three are 1.2 and 1.4, of two 1.1 and 1.0, bests 0.6 and 0.5
+    scores_BSE = torch.tensor([[[0.6, 0.5, 0.1, 0.5, 0.5, 0.4]]])
+    chosen = {
+        name: GroupLimited(3, 2, 1, name)(scores_BSE, scores_BSE).expert_P.tolist() for name in ("top", "top2", "max")
+    }
+    assert chosen == {"top": [3, 4, 5], "top2": [0, 1, 2], "max": [0, 1, 2]}
+    assert [GroupLimited(k, 4, 2, "top").best_of_group for k in (1, 2, 4, 5, 6)] == [1, 1, 2, 2, 3]
+    with pytest.raises(UserError, match="groups of 1 have no 2 best"):
+        GroupLimited(2, 4, 2, "top2").check(4)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from crossways.errors import UserError
 from crossways.rules.probe import Properties, check_score, probe_score
-from crossways.rules.score import Relu, Sigmoid, Softmax, Unified, build_score, score_catalogue
+from crossways.rules.score import Relu, Sigmoid, Softmax, SqrtSoftplus, Unified, build_score, score_catalogue
 
 LOG2, LOG3 = math.log(2), math.log(3)
 LOGITS_BSE = torch.tensor([[[0.0, LOG2, LOG3, 0.0]]])
@@ -69,7 +69,7 @@ def test_the_probe_finds_a_score_that_looks_around():
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(
-    st.sampled_from([Softmax(), Sigmoid(), Relu(), Unified(0.5), Unified(0.0)]),
+    st.sampled_from([Softmax(), Sigmoid(), Relu(), SqrtSoftplus(), Unified(0.5), Unified(0.0)]),
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=6),
 )
 def test_scores_are_finite_non_negative_and_keep_the_order(rule, values):
@@ -85,12 +85,26 @@ def test_scores_are_finite_non_negative_and_keep_the_order(rule, values):
 
 def test_a_logit_of_minus_infinity_is_a_score_of_zero():
     logits_BSE = torch.tensor([[[0.0, -math.inf, 1.0]]])
-    for rule in (Softmax(), Sigmoid(), Unified(0.5)):
+    for rule in (Softmax(), Sigmoid(), SqrtSoftplus(), Unified(0.5)):
         scores_BSE = rule(logits_BSE)
         assert scores_BSE[0, 0, 1] == 0
         assert bool(scores_BSE.isfinite().all())
 
 
 def test_a_broken_logit_is_not_hidden():
-    for rule in (Softmax(), Sigmoid(), Unified(0.5)):
+    for rule in (Softmax(), Sigmoid(), SqrtSoftplus(), Unified(0.5)):
         assert rule(torch.tensor([[[0.0, math.nan]]])).isnan().any()
+
+
+def test_square_root_of_softplus_by_hand():
+    # softplus(log(e^4 - 1)) = 4 and softplus(log(e - 1)) = 1
+    logits_BSE = torch.tensor([[[math.log(math.exp(4) - 1), math.log(math.e - 1), 0.0]]])
+    torch.testing.assert_close(SqrtSoftplus()(logits_BSE), torch.tensor([[[2.0, 1.0, math.sqrt(math.log(2))]]]))
+
+
+def test_square_root_of_softplus_has_a_finite_slope_everywhere():
+    logits_BSE = torch.tensor([[[-1e4, -200.0, -88.0, -50.0, 0.0, 1e4]]], requires_grad=True)
+    SqrtSoftplus()(logits_BSE).sum().backward()
+    assert logits_BSE.grad.isfinite().all()
+    # sigmoid(0) / (2 sqrt(log 2))
+    assert logits_BSE.grad[0, 0, 4].item() == pytest.approx(0.25 / math.sqrt(math.log(2)))

@@ -20,6 +20,7 @@ from crossways.rules.select import (
     ExpertChoice,
     GroupLimited,
     Positive,
+    SampledTopK,
     ScheduledTopK,
     Sinkhorn,
     Threshold,
@@ -60,6 +61,8 @@ RULES = [
     Capacity(2, 1.0, normalize=True, second="random"),
     Capacity(2, None),
     Capacity(2, 0.6, zero_computation=2, tau=0.5),
+    *(Capacity(2, 0.6, group, order) for group in ("sequence", "batch") for order in ("weight", "token")),
+    SampledTopK(2),
     *(Sinkhorn(k, group) for k in (1, 2) for group in ("sequence", "batch")),
     *(Base(group) for group in ("sequence", "batch")),
 ]

@@ -98,3 +98,24 @@ def test_models_without_a_schedule_are_left_alone(tiny, trainer_of):
     model = tiny()
     trainer_of(model, max_steps=1).train()
     assert "model.training_passes" not in model.state_dict()
+
+
+def test_a_bias_moves_once_for_all_passes_of_a_step(tiny, trainer_of):
+    model = tiny(score="sigmoid", bias_update_rate=0.5)
+    loads = []
+    model.register_forward_hook(lambda module, args, output: loads.append(output.expert_load[0].float()))
+    trainer_of(model, max_steps=1, gradient_accumulation_steps=2).train()
+    load_E = loads[0] + loads[1]
+    assert torch.equal(model.model.routers[0].bias, 0.5 * torch.sign(load_E.mean() - load_E))
+
+
+def test_a_killed_run_goes_on_with_its_prices(tiny, trainer_of):
+    fields = {"quantile_balancing": True, "quantile_momentum": 0.5}
+    whole, resumed = tiny(**fields), tiny(**fields)
+    settings = {"max_steps": 4, "gradient_accumulation_steps": 2, "save_steps": 2}
+    trainer = trainer_of(whole, **settings)
+    trainer.train()
+    trainer_of(resumed, **settings).train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
+    assert whole.model.routers[0].bias.any()
+    for name, expected in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], expected), name

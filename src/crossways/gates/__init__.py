@@ -5,6 +5,7 @@ from crossways.gates.cosine import Cosine, CosineGate
 from crossways.gates.hash import Hash, HashGate
 from crossways.gates.linear import Linear, LinearGate
 from crossways.gates.low_rank import LowRank, LowRankGate
+from crossways.gates.mlp import Mlp, MlpGate
 from crossways.gates.noisy import Noisy, NoisyGate
 from crossways.gates.random import Random, RandomGate
 from crossways.gates.recurrent import Recurrent, RecurrentGate
@@ -21,6 +22,8 @@ __all__ = [
     "LinearGate",
     "LowRank",
     "LowRankGate",
+    "Mlp",
+    "MlpGate",
     "Noisy",
     "NoisyGate",
     "Random",

@@ -19,6 +19,9 @@ CHOICES = {
     "layer": ("moe", "cartesian"),
     "cartesian_skip": ("factor", "input"),
     "router_input": ("factor", "layer"),
+    "load_balance_probs": ("softmax", "scores"),
+    "load_balance_pairs": ("executed", "asked", "first"),
+    "load_balance_scope": ("batch", "step"),
 }
 """Fields that name one of several."""
 LEAST = {
@@ -41,16 +44,27 @@ MOST = {
     "communication_balance_coef": math.inf,
     "excess_load_coef": math.inf,
     "entropy_coef": math.inf,
+    "sequence_entropy_coef": math.inf,
+    "mutual_information_coef": math.inf,
     "router_z_loss_coef": math.inf,
     "gate_loss_coef": math.inf,
     "bias_update_rate": math.inf,
     "cutoff_momentum": 1,
-    "zero_computation_balance": 1,
+    "zero_computation_balance": math.inf,
+    "router_initializer_range": math.inf,
+    "quantile_momentum": 0.999,
     "expert_dropout": 0.999,
     "router_jitter": 0.999,
+    "router_dropout": 0.999,
 }
 """Greatest value of numbers that start at 0."""
-ABOVE = {"weight_scale": 0, "load_balance_temperature": 0, "sparsity_coef_start": 0, "sparsity_coef_growth": 1}
+ABOVE = {
+    "weight_scale": 0,
+    "shared_expert_scale": 0,
+    "load_balance_temperature": 0,
+    "sparsity_coef_start": 0,
+    "sparsity_coef_growth": 1,
+}
 """What numbers must exceed."""
 
 
@@ -93,7 +107,14 @@ def _check_ranges(config: CrosswaysConfig) -> None:
 
 
 def _check_losses(config: CrosswaysConfig, select: Selection) -> None:
-    """Losses that need something of the gate or of the selection."""
+    """Losses that need something of the gate or of the selection, and balancing that excludes another."""
+    if config.quantile_balancing:
+        if not isinstance(select, TopK) or select.k >= config.router_size:
+            raise UserError(f"quantile_balancing needs selection 'top_k' of fewer than all experts, not {select}")
+        if config.load_balance_coef or config.bias_update_rate:
+            raise UserError("quantile_balancing balances alone: set load_balance_coef and bias_update_rate to 0")
+    if config.load_balance_scope == "step" and config.load_balance_pairs != "executed":
+        raise UserError("load_balance_scope 'step' counts executed pairs: set load_balance_pairs to executed")
     if config.load_coef:
         gate = build_gate(config.gate).name
         if gate != "noisy":

@@ -80,6 +80,11 @@ class CrosswaysConfig(LlamaConfig):
     """Width F of a routed expert; fine-grained experts have a fraction of the dense width."""
     shared_expert_intermediate_size: int = 0
     """Width of the shared expert (of each factor in a Cartesian layer); 0 for none. Any width is allowed."""
+    shared_expert_scale: float | int = 1.0
+    """Factor on the shared expert's output; 0.5, with `weight_scale` 0.5, averages it with the routed part (LibMoE),
+    1 is customary."""
+    shared_expert_gate: bool = False
+    """Multiply the shared expert's output by sigmoid(w x) with a learnt w (Qwen2-MoE)."""
     zero_experts: int = 0
     """Experts that return nothing, beside the `num_experts` (MoE++); 0 for none, 1 in the paper."""
     copy_experts: int = 0
@@ -101,6 +106,10 @@ class CrosswaysConfig(LlamaConfig):
     """Factor on all weights, after renormalising (DeepSeek's `routed_scaling_factor`); 1 is off, 2.5 in V3."""
     expert_dropout: float | int = 0.0
     """Probability that a token may not choose an expert in a training step (sigma-MoE); 0 is off, 0.05 there."""
+    router_dropout: float | int = 0.0
+    """Dropout of what the routers, not the experts, read in training; 0 is off, 0.1 customary."""
+    router_initializer_range: float | int = 0.0
+    """Standard deviation that gates start with; 0 takes `initializer_range`. Smaller starts more balanced."""
     router_jitter: float | int = 0.0
     """In training the routers read their input times uniform(1 - eps, 1 + eps) with this eps (Switch); 0 is off, 0.01
     there, below 1."""
@@ -111,9 +120,18 @@ class CrosswaysConfig(LlamaConfig):
     """Weight of the load-balance loss, summed over routers; 0 is off, customary 0.001 to 0.01."""
     load_balance_temperature: float | int = 1.0
     """Temperature of the softmax within that loss, above 0; 1 is the softmax of the logits, 0.3 in USMoE's gates."""
+    load_balance_probs: str = "softmax"
+    """Probabilities within that loss: `softmax` of the logits, or the layer's own `scores` scaled to sum to one, as
+    in Megatron-core for sigmoid scores."""
+    load_balance_pairs: str = "executed"
+    """What that loss counts: `executed` pairs, those `asked` for before a full expert drops any (Switch), or the
+    `first` choice of each token alone, also before dropping (GShard)."""
+    load_balance_scope: str = "batch"
+    """Over what that loss counts executed pairs: the `batch` of one pass, or all passes of the optimizer `step` so
+    far (`global_aux_loss` of Megatron-core); the same unless gradients are accumulated."""
     zero_computation_balance: float | int = 1.0
-    """Weight tau of zero, copy and constant experts within the load-balance loss, 0 to 1: a lower one sends them more
-    tokens; 0.75 in MoE++."""
+    """Weight tau of zero, copy and constant experts within the load-balance loss, at least 0: a lower one sends them
+    more tokens; 0.75 in MoE++, 1 treats all alike."""
     sequence_balance_coef: float | int = 0.0
     """Weight of the balance loss within each sequence, summed over routers; 0 is off, 0.0001 in DeepSeek-V3."""
     importance_coef: float | int = 0.0
@@ -133,7 +151,12 @@ class CrosswaysConfig(LlamaConfig):
     excess_load_coef: float | int = 0.0
     """Weight of StableMoE's balance loss, summed over routers; 0 is off, 0.3 there."""
     entropy_coef: float | int = 0.0
-    """Weight of the negative entropy of the mean softmax, summed over routers (sigma-MoE); 0 is off, else 0.001."""
+    """Weight of the negative entropy of the mean softmax, summed over routers (sigma-MoE); 0 is off, 0.0001 to 0.001
+    there."""
+    sequence_entropy_coef: float | int = 0.0
+    """Weight of the same of each sequence by itself; 0 is off."""
+    mutual_information_coef: float | int = 0.0
+    """Weight of the negative mutual information of token and expert, summed over routers (Mod-Squad); 0 is off."""
     sparsity_budget: float | int = 0.0
     """Mean experts per token that an adaptive L1 penalty on the scores aims at (ReMoE, for score `relu` and selection
     `positive`); 0 is off, else above 0 and below the number of experts."""
@@ -148,7 +171,13 @@ class CrosswaysConfig(LlamaConfig):
     code of StableMoE."""
     bias_update_rate: float | int = 0.0
     """Step of loss-free balancing: a bias, added to scores for choosing only, moves against each expert's excess load
-    in training (DeepSeek-V3); 0 is off, 0.001 customary. Meant for top-k with sigmoid scores."""
+    in training (DeepSeek-V3); 0 is off, 0.001 customary. Meant for top-k with sigmoid scores. It moves once for each
+    optimizer step under our trainer."""
+    quantile_balancing: bool = False
+    """Choose by logits less a price of each expert that each optimizer step sets anew, so that loads would be level
+    (Megatron-core), instead of a bias that moves by small steps. For selection `top_k`, with no load-balance loss."""
+    quantile_momentum: float | int = 0.0
+    """Share of the old prices kept at each step of quantile balancing, 0 to below 1; 0 in Megatron-core."""
     cutoff_momentum: float | int = 0.99
     """Share of the old estimate kept when a router updates its decode twin's threshold or normaliser; 0.9 to 1."""
     causal_routing: bool = False

@@ -204,8 +204,10 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, f"it has {config.zero_computation_experts} zero-computation experts")
     if config.weight_scale != 1.0:
         raise _refused(family, f"its weights are scaled by {config.weight_scale}")
-    if config.bias_update_rate and any(bool(router.bias.any()) for router in model.model.routers):
-        raise _refused(family, "its choices are biased by loss-free balancing")
+    if any(router.has_bias and bool(router.bias.any()) for router in model.model.routers):
+        raise _refused(family, "its choices are biased by loss-free or quantile balancing")
+    if config.shared_expert_intermediate_size and (config.shared_expert_gate or config.shared_expert_scale != 1.0):
+        raise _refused(family, "its shared expert is gated or scaled")
     if config.mlp_bias:
         raise _refused(family, "its dense layers have biases")
     if any(router.perturbation is not None for router in model.model.routers):

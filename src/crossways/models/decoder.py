@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from crossways.experts.module import Experts
 from crossways.experts.zero_computation import ZeroComputationExperts
-from crossways.layers import CartesianMoE, FeedForward, MoE
+from crossways.layers import CartesianMoE, MoE, SharedExpert
 from crossways.models.configuration import CrosswaysConfig
 from crossways.router import Router, Sparsity
 from crossways.routing import Context, Routing
@@ -39,6 +39,8 @@ def build_router(config: CrosswaysConfig) -> Router:
         bias_update_rate=config.bias_update_rate,
         expert_dropout=config.expert_dropout,
         input_jitter=config.router_jitter,
+        input_dropout=config.router_dropout,
+        price_momentum=config.quantile_momentum if config.quantile_balancing else None,
         sparsity=sparsity,
     )
 
@@ -54,7 +56,15 @@ def build_moe(config: CrosswaysConfig) -> MoE:
         config.experts_backend,
     )
     shared_width = config.shared_expert_intermediate_size
-    shared = FeedForward(config.hidden_size, shared_width, config.expert_activation) if shared_width else None
+    shared = None
+    if shared_width:
+        shared = SharedExpert(
+            config.hidden_size,
+            shared_width,
+            config.expert_activation,
+            config.shared_expert_scale,
+            config.shared_expert_gate,
+        )
     cheap = None
     if config.zero_computation_experts:
         numbers = config.zero_experts, config.copy_experts, config.constant_experts

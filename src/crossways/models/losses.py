@@ -14,15 +14,18 @@ from torch import Tensor
 from crossways.models.configuration import CrosswaysConfig
 from crossways.routing import Routing
 from crossways.rules.balance import (
+    balance_product,
     communication_balance_loss,
     device_balance_loss,
     entropy_loss,
     excess_load_loss,
     importance_loss,
-    load_balance_loss,
     load_loss,
+    mutual_information_loss,
+    normalised,
     router_z_loss,
     sequence_balance_loss,
+    sequence_entropy_loss,
     sparsity_loss,
 )
 from crossways.rules.select import GroupLimited, build_selection
@@ -36,6 +39,8 @@ AUXILIARY_LOSSES = (
     "load",
     "excess_load",
     "entropy",
+    "sequence_entropy",
+    "mutual_information",
     "router_z",
     "gate",
     "sparsity",
@@ -79,11 +84,16 @@ def _terms(config: CrosswaysConfig) -> dict[str, tuple[float, Callable[[Routing]
     """Coefficient and function of each loss with a fixed coefficient, by name."""
 
     def load_balance(r: Routing) -> Tensor:
-        share_E = None
+        load_E = _counted(r, config)
+        pairs = load_E.sum()
         if config.zero_computation_experts:
-            share_E = torch.ones(config.router_size, device=r.logits_TE.device)
+            share_E = torch.ones_like(load_E)
             share_E[config.num_experts :] = config.zero_computation_balance
-        return load_balance_loss(r.logits_TE, r.assignment, r.valid_T, share_E, config.load_balance_temperature)
+            load_E = load_E * share_E
+        probs_TE = (r.logits_TE.float() / config.load_balance_temperature).softmax(-1)
+        if config.load_balance_probs == "scores":
+            probs_TE = normalised(r.scores_TE)
+        return balance_product(load_E, pairs, probs_TE, r.valid_T)
 
     def sequence_balance(r: Routing) -> Tensor:
         return sequence_balance_loss(r.scores_TE, r.assignment, r.num_rows, r.valid_T)
@@ -115,9 +125,28 @@ def _terms(config: CrosswaysConfig) -> dict[str, tuple[float, Callable[[Routing]
             learning(lambda r: excess_load_loss(r.logits_TE, r.assignment, r.valid_T)),
         ),
         "entropy": (config.entropy_coef, learning(lambda r: entropy_loss(r.logits_TE, r.valid_T))),
+        "sequence_entropy": (
+            config.sequence_entropy_coef,
+            learning(lambda r: sequence_entropy_loss(r.logits_TE, r.num_rows, r.valid_T)),
+        ),
+        "mutual_information": (
+            config.mutual_information_coef,
+            learning(lambda r: mutual_information_loss(r.logits_TE, r.valid_T)),
+        ),
         "router_z": (config.router_z_loss_coef, lambda r: router_z_loss(r.logits_TE, r.valid_T)),
         "gate": (config.gate_loss_coef, lambda r: r.gate_loss),
     }
+
+
+def _counted(r: Routing, config: CrosswaysConfig) -> Tensor:
+    """What the load-balance loss counts, float32 (E,)."""
+    if config.load_balance_scope == "step" and r.earlier_load_E is not None:
+        return r.earlier_load_E + r.assignment.load_E()
+    asked = r.asked or r.assignment
+    if config.load_balance_pairs == "first":
+        first_T = asked.top_expert_T()
+        return first_T[first_T >= 0].bincount(minlength=asked.num_experts).float()
+    return (asked if config.load_balance_pairs == "asked" else r.assignment).load_E().float()
 
 
 def share_of_step(labels_BS: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:

@@ -59,7 +59,7 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Gate):
-            module.reset_parameters(self.config.initializer_range)
+            module.reset_parameters(self.config.router_initializer_range or self.config.initializer_range)
         elif isinstance(module, CrosswaysModel) and module.config.scheduled:
             init.zeros_(module.training_passes)
         elif isinstance(module, Router):

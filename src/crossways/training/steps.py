@@ -13,11 +13,11 @@ from crossways.models import CrosswaysModel
 
 class OptimizerSteps(TrainerCallback):
     """Makes a model count optimizer steps, and balance by all batches of a step, where it would by itself take every
-    training pass for a step; they differ when gradients are accumulated. `CrosswaysTrainer` has it; add it to any other
-    `Trainer` of transformers.
+    training pass for a step; they differ when gradients are accumulated. `CrosswaysTrainer` has it; add it to any
+    other `Trainer` of transformers.
 
-    A step ends before its checkpoint is written, so an interrupted run goes on with the count that it had, and a model
-    that is trained again goes on counting.
+    A step ends before its checkpoint is written, so an interrupted run goes on with the count that it had, and a
+    model that is trained again goes on counting.
     """
 
     def on_train_begin(

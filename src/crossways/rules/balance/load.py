@@ -19,17 +19,17 @@ def load_balance_loss(
     share_E: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """E * sum_e f_e P_e (Switch Transformers, arXiv 2101.03961, eq. 4-6; 1/k: DeepSeekMoE, arXiv 2401.06066, eq. 12).
+    """E * sum_e f_e P_e (Switch Transformers, arXiv 2101.03961, eq. 4-6; 1/k: DeepSeekMoE, arXiv 2401.06066, eq. 13).
 
     f_e is expert e's share of the executed pairs, P_e its mean softmax probability. Both sum to one, so perfect
     balance gives 1 for any k; transformers' `load_balancing_loss_func` counts each of the k choices in full and
-    gives k times this.
+    gives k times this. Other counts and other probabilities: `balance_product`.
 
     Args:
         logits_TE: raw router logits (T, E).
         assignment: what was executed; its loads carry no gradient.
         valid_T: boolean (T,), false for padding, or None.
-        share_E: factor on each expert's term, float32 (E,), or None for one. MoE++ (arXiv 2410.07348, section 3.3)
+        share_E: factor on each expert's term, float32 (E,), or None for one. MoE++ (arXiv 2410.07348, eq. 7)
             takes tau <= 1 for zero-computation experts, so that the balance point sends them more tokens.
         temperature: the probabilities are softmax(logits / temperature), above 0. The gates of USMoE's authors' code
             (arXiv 2503.22996) take 0.3 here and 1 for the weights.
@@ -37,9 +37,28 @@ def load_balance_loss(
     Returns:
         Float32 scalar; zero when nothing was chosen or there is nothing but padding.
     """
-    probs_E = mean_over_tokens((valid_rows(logits_TE, valid_T).float() / temperature).softmax(-1))
-    load_E = assignment.load_E().float() / max(assignment.num_pairs, 1)
-    return logits_TE.shape[-1] * torch.dot(load_E if share_E is None else load_E * share_E, probs_E)
+    probs_TE = (logits_TE.float() / temperature).softmax(-1)
+    load_E = assignment.load_E()
+    return balance_product(load_E if share_E is None else load_E * share_E, assignment.num_pairs, probs_TE, valid_T)
+
+
+def balance_product(load_E: Tensor, pairs: Tensor | int, probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """E * sum_e (load_e / pairs) mean_t probs[t, e], scalar: any load-balance loss of Switch's kind.
+
+    Args:
+        load_E: how often each expert was chosen, (E,), without gradient: in the batch, in all batches of a step so
+            far (Qiu et al. 2025, arXiv 2501.11873), before dropping (Switch), or as first choice alone (GShard).
+        pairs: their total, or zero.
+        probs_TE: float32 (T, E), each row summing to one.
+        valid_T: boolean (T,), false for padding, or None.
+    """
+    pairs = torch.as_tensor(pairs, device=load_E.device).clamp(min=1)
+    return load_E.shape[0] * torch.dot(load_E.float() / pairs, mean_over_tokens(valid_rows(probs_TE, valid_T)))
+
+
+def normalised(scores_TE: Tensor) -> Tensor:
+    """Non-negative scores (T, E) scaled so that each token's sum to one; zeros stay zeros."""
+    return scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
 
 
 def sequence_balance_loss(
@@ -58,8 +77,7 @@ def sequence_balance_loss(
         valid_T: boolean (T,), false for padding, or None.
     """
     valid_T = scores_TE.new_ones(scores_TE.shape[0], dtype=torch.bool) if valid_T is None else valid_T
-    share_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
-    share_BSE = torch.where(valid_T[:, None], share_TE, 0.0).view(num_rows, -1, scores_TE.shape[-1])
+    share_BSE = torch.where(valid_T[:, None], normalised(scores_TE), 0.0).view(num_rows, -1, scores_TE.shape[-1])
     probs_BE = share_BSE.sum(1) / valid_T.view(num_rows, -1).sum(1, keepdim=True).clamp(min=1)
     load_BE = assignment.to_mask().view(share_BSE.shape).sum(1).float()
     load_BE = load_BE / load_BE.sum(1, keepdim=True).clamp(min=1)

@@ -23,20 +23,53 @@ def router_z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
 
 def entropy_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
     """sum_e p_e log p_e with p the mean softmax of the tokens (sigma-MoE, Csordas et al. 2023, arXiv 2310.10837,
-    section 5): minus the entropy of the average choice, from -log E (balanced) to 0 (one expert).
+    eq. 20-21): minus the entropy of the average choice, from -log E (balanced) to 0 (one expert).
 
-    A softmax although the layer's scores are sigmoids; 0.001 to 0.01 in the paper.
+    A softmax although the layer's scores are sigmoids; 0.0001 to 0.001 in the paper.
 
     Returns:
         Float32 scalar; zero when there is nothing but padding.
     """
-    probs_E = mean_over_tokens(valid_rows(logits_TE, valid_T).float().softmax(-1))
-    return torch.special.entr(probs_E.clamp(min=torch.finfo(probs_E.dtype).tiny)).sum().neg() * (probs_E.sum() > 0)
+    return _negative_entropy(mean_over_tokens(valid_rows(logits_TE, valid_T).float().softmax(-1)))
+
+
+def sequence_entropy_loss(logits_TE: Tensor, num_rows: int, valid_T: Tensor | None = None) -> Tensor:
+    """`entropy_loss` of each row by itself, mean over rows (the `time` scope of sigma-MoE's code and of LibMoE).
+
+    Args:
+        logits_TE: raw router logits (T, E), row-major.
+        num_rows: B, a divisor of T.
+        valid_T: boolean (T,), false for padding, or None. Rows of padding count as zero.
+    """
+    valid_T = (
+        torch.ones(logits_TE.shape[0], dtype=torch.bool, device=logits_TE.device) if valid_T is None else valid_T
+    )
+    probs_TE = torch.where(valid_T[:, None], logits_TE.float().softmax(-1), 0.0)
+    probs_BE = probs_TE.view(num_rows, -1, logits_TE.shape[-1]).sum(1)
+    probs_BE = probs_BE / valid_T.view(num_rows, -1).sum(1, keepdim=True).clamp(min=1)
+    return _negative_entropy(probs_BE).mean()
+
+
+def mutual_information_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """mean_t H(p_t) - H(mean_t p_t), minus the mutual information of token and expert (Mod-Squad, Chen et al. 2022,
+    arXiv 2212.08066, section 3): experts are used alike, and each token is sure of its own; from -log E to 0.
+
+    Returns:
+        Float32 scalar; zero when there is nothing but padding.
+    """
+    probs_TE = valid_rows(logits_TE, valid_T).float().softmax(-1)
+    return _negative_entropy(mean_over_tokens(probs_TE)) - mean_over_tokens(_negative_entropy(probs_TE))
+
+
+def _negative_entropy(probs_XE: Tensor) -> Tensor:
+    """sum_e p log p of each row (X,); zero, gradient too, for rows of zeros."""
+    entropy_X = torch.special.entr(probs_XE.clamp(min=torch.finfo(probs_XE.dtype).tiny)).sum(-1)
+    return -entropy_X * (probs_XE.sum(-1) > 0)
 
 
 def sparsity_loss(scores_TE: Tensor, assignment: Assignment, budget: float, valid_T: Tensor | None = None) -> Tensor:
-    """sum_e f_e mean_t s[t, e] with f_e = E load_e / (k T) (ReMoE, Wang et al. 2024, arXiv 2412.14711, section 3): an
-    L1 penalty on the scores, heavier for experts that run more than the k T / E times of balance.
+    """sum_e f_e mean_t s[t, e] with f_e = E load_e / (k T) (ReMoE, Wang et al. 2024, arXiv 2412.14711, section 3.4,
+    eq. 10-11): an L1 penalty on the scores, heavier for experts that run more than the k T / E times of balance.
 
     Its weight is adapted by `crossways.router.Sparsity` until k experts run per token.
 

@@ -16,8 +16,8 @@ def balancing_price(routing: Routing, bias_E: Tensor) -> Tensor:
     """One step of dual coordinate descent on prices (Megatron-core 0.20, `quantile_balancing`, and the posts of Su
     that it follows; we know no paper): tokens choose by logits less price, s - b; a_t is what the best expert that
     token t did not choose has to offer, s[t, e] - b_e; then expert e's price becomes the (q + 1)-th greatest over
-    tokens of s[t, e] - a_t, which q tokens exceed, q = P / E being the level load. Ties and a fraction of q aside, a_t
-    kept, every expert is then chosen q times.
+    tokens of s[t, e] - a_t, which q tokens exceed, q = P / E being the level load. Ties and a fraction of q
+    aside, and for these a_t, every expert is then chosen q times.
 
     Tokens that chose all experts, or none, have no a_t and do not count.
 

@@ -6,6 +6,7 @@ from crossways.rules.select.capacity import Capacity
 from crossways.rules.select.expert_choice import ExpertChoice
 from crossways.rules.select.group_limited import GroupLimited
 from crossways.rules.select.positive import Positive
+from crossways.rules.select.sampled_top_k import SampledTopK
 from crossways.rules.select.scheduled_top_k import ScheduledTopK
 from crossways.rules.select.sinkhorn import Sinkhorn
 from crossways.rules.select.threshold import Threshold
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertChoice",
     "GroupLimited",
     "Positive",
+    "SampledTopK",
     "ScheduledTopK",
     "Selection",
     "Sinkhorn",

@@ -26,7 +26,7 @@ from crossways.rules.select.base import (
 )
 
 Group = Literal["sequence", "batch"]
-Order = Literal["position", "score"]
+Order = Literal["position", "score", "weight", "token"]
 Second = Literal["always", "random"]
 
 
@@ -62,7 +62,9 @@ class Capacity(Selection):
     group: Group = "sequence"
     """Tokens that compete for places: those of one `sequence`, or of the whole `batch` as in the papers."""
     order: Order = "position"
-    """Who is served first by a full expert: earlier tokens (`position`), or greater scores (`score`)."""
+    """Who is served first by a full expert: first choices and among them earlier tokens (`position`, the papers'),
+    greater scores (`score`), greater weights after `normalize` (`weight`), or earlier tokens whichever choice it is
+    of theirs (`token`); the last two are the policies `probs` and `position` of Megatron-core."""
     normalize: bool = False
     """Scale each token's k weights to sum to one before any is dropped (GShard). `renormalize` does so afterwards."""
     second: Second = "always"
@@ -132,7 +134,8 @@ class Capacity(Selection):
         groups = batch if self.group == "sequence" else 1
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
         asked_GNKE = asked_TKE.view(groups, -1, *asked_TKE.shape[1:])
-        served_GNKE = self._served(asked_GNKE, choice_BSE, self.capacity(tokens_G, num_experts))
+        rank_BSE = weight_TE.detach().view_as(choice_BSE) if self.order == "weight" else choice_BSE
+        served_GNKE = self._served(asked_GNKE, rank_BSE, self.capacity(tokens_G, num_experts))
         broken_TE = asked_TKE.any(1) & choice_BSE.flatten(0, 1).isnan()  # must show, so is not dropped
         return Assignment.from_mask(served_GNKE.any(2).reshape(-1, num_experts) | broken_TE, weight_TE)
 
@@ -164,15 +167,18 @@ class Capacity(Selection):
     def _sample(self, asked_TKE: Tensor, weight_TE: Tensor) -> Tensor:
         return asked_TKE
 
-    def _served(self, asked_GNKE: Tensor, choice_BSE: Tensor, capacity_GE: Tensor) -> Tensor:
+    def _served(self, asked_GNKE: Tensor, rank_BSE: Tensor, capacity_GE: Tensor) -> Tensor:
         groups, tokens, k, num_experts = asked_GNKE.shape
+        if self.order == "token":
+            place_GNE = asked_GNKE.any(2).cumsum(1) - 1
+            return asked_GNKE & (place_GNE < capacity_GE[:, None])[:, :, None]
         if self.order == "position":
             # Places in the queue of each expert: all first choices by position, then all second ones.
             queue_GQE = asked_GNKE.transpose(1, 2).reshape(groups, k * tokens, num_experts)
             place_GQE = queue_GQE.cumsum(1) - 1
             served_GQE = queue_GQE & (place_GQE < capacity_GE[:, None])
             return served_GQE.view(groups, k, tokens, num_experts).transpose(1, 2)
-        by_expert_GEN = choice_BSE.reshape(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
+        by_expert_GEN = rank_BSE.reshape(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
         asked_GEN = asked_GNKE.any(2).transpose(1, 2).flatten(0, 1)
         best_GEN = top_of_groups(by_expert_GEN, asked_GEN, capacity_GE.flatten())
         return asked_GNKE & best_GEN.view(groups, num_experts, tokens).transpose(1, 2)[:, :, None]

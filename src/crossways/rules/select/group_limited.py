@@ -16,7 +16,7 @@ from crossways.errors import UserError
 from crossways.rules.select.base import Selection, check_budget, check_whole
 from crossways.rules.select.top_k import TopK
 
-GroupScore = Literal["top2", "max"]
+GroupScore = Literal["top2", "max", "top"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class GroupLimited(Selection):
 
     DeepSeek-V2 (arXiv 2405.04434, section 2.2.2) ranks a group by its best expert, DeepSeek-V3 (arXiv 2412.19437,
     section 2.1.2) by the sum of its best affinities; in V3's published model those are the two best, biases
-    included. With groups on different devices, a token visits at most `topk_group` of them. V3 entire is score
-    `sigmoid`, `bias_update_rate`, `renormalize` and `weight_scale` with this selection.
+    included. Megatron-core sums the best k // topk_group of a group, two for both published models. With groups on
+    different devices, a token visits at most `topk_group` of them. V3 entire is score `sigmoid`, `bias_update_rate`,
+    `renormalize` and `weight_scale` with this selection.
     """
 
     name: ClassVar[str] = "group_limited"
@@ -41,7 +42,8 @@ class GroupLimited(Selection):
     topk_group: int = 4
     """Groups a token may use, 1 to n_group; 3 in V2, 4 in V3."""
     group_score: GroupScore = "top2"
-    """What ranks a group: the sum of its two best scores (`top2`, V3) or its best (`max`, V2)."""
+    """What ranks a group: the sum of its two best scores (`top2`, V3), its best (`max`, V2), or the sum of as many as
+    a token takes from a group on average (`top`, Megatron-core)."""
 
     def __post_init__(self) -> None:
         for field in ("k", "n_group", "topk_group"):
@@ -62,9 +64,17 @@ class GroupLimited(Selection):
                 f"selection 'group_limited': {num_experts} experts do not divide into {self.n_group} groups"
             )
         size = num_experts // self.n_group
-        if self.group_score == "top2" and size < 2:
-            raise UserError("selection 'group_limited': groups of one expert have no two best; use group_score 'max'")
+        if self.best_of_group > size:
+            raise UserError(
+                f"selection 'group_limited': groups of {size} have no {self.best_of_group} best experts; use "
+                "group_score 'max'"
+            )
         check_budget(self.name, self.k, self.topk_group * size)
+
+    @property
+    def best_of_group(self) -> int:
+        """How many of a group's best scores rank it."""
+        return {"max": 1, "top2": 2, "top": max(self.k // self.topk_group, 1)}[self.group_score]
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         allowed_BSE = torch.ones_like(choice_BSE, dtype=torch.bool) if allowed_BSE is None else allowed_BSE
@@ -75,7 +85,7 @@ class GroupLimited(Selection):
         """Boolean (B, S, E): the experts of each token's best groups."""
         choice_TGN = choice_BSE.reshape(-1, self.n_group, choice_BSE.shape[-1] // self.n_group)
         allowed_TGN = allowed_BSE.reshape(choice_TGN.shape)
-        best_TGM = choice_TGN.masked_fill(~allowed_TGN, -torch.inf).topk(1 if self.group_score == "max" else 2).values
+        best_TGM = choice_TGN.masked_fill(~allowed_TGN, -torch.inf).topk(self.best_of_group).values
         # An expert that must not be chosen adds nothing, instead of ruling out the rest of its group.
         group_TG = best_TGM.masked_fill(best_TGM == -torch.inf, 0.0).sum(-1)
         group_TG = group_TG.masked_fill(~allowed_TGN.any(-1), -torch.inf)
