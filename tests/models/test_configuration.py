@@ -75,7 +75,7 @@ def test_names_alone_become_dictionaries(tiny_config):
         ({"select": {"name": "capacity", "zero_computation": 2}, "zero_experts": 1}, "are 1 together"),
         ({"select": {"name": "capacity", "tau": 0}}, "tau must be a finite number above 0"),
         ({"select": {"name": "capacity", "zero_computation": -1}}, "zero_computation must be a whole number"),
-        ({"quantile_balancing": True, "load_balance_coef": 0.1}, "balances alone"),
+        ({"quantile_balancing": True, "bias_update_rate": 0.1}, "both move the bias"),
         (
             {"quantile_balancing": True, "select": {"name": "top_c", "k": 1}},
             "needs selection 'top_k' of fewer",

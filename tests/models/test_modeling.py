@@ -102,7 +102,7 @@ METHODS = {
     "moe_plus_plus_cartesian": {"copy_experts": 1, "constant_experts": 1, "layer": "cartesian", "gate": "residual"},
     "base_layer": {"score": "sigmoid", "select": "base"},
     "moe_plus_plus_capacity": {
-        "copy_experts": 1,
+        "constant_experts": 1,
         "select": {"name": "capacity", "k": 2, "factor": 1.1, "order": "score", "zero_computation": 1, "tau": 0.75},
     },
     "shazeer": {"gate": "noisy", "renormalize": True, "importance_coef": 0.1, "load_coef": 0.1},

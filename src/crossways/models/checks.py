@@ -111,8 +111,8 @@ def _check_losses(config: CrosswaysConfig, select: Selection) -> None:
     if config.quantile_balancing:
         if not isinstance(select, TopK) or select.k >= config.router_size:
             raise UserError(f"quantile_balancing needs selection 'top_k' of fewer than all experts, not {select}")
-        if config.load_balance_coef or config.bias_update_rate:
-            raise UserError("quantile_balancing balances alone: set load_balance_coef and bias_update_rate to 0")
+        if config.bias_update_rate:
+            raise UserError("quantile_balancing and bias_update_rate both move the bias: choose one")
     if config.load_balance_scope == "step" and config.load_balance_pairs != "executed":
         raise UserError("load_balance_scope 'step' counts executed pairs: set load_balance_pairs to executed")
     if config.load_coef:

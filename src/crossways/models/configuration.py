@@ -175,7 +175,7 @@ class CrosswaysConfig(LlamaConfig):
     optimizer step under our trainer."""
     quantile_balancing: bool = False
     """Choose by logits less a price of each expert that each optimizer step sets anew, so that loads would be level
-    (Megatron-core), instead of a bias that moves by small steps. For selection `top_k`, with no load-balance loss."""
+    (Megatron-core), instead of a bias that moves by small steps. For selection `top_k`; needs no balance loss."""
     quantile_momentum: float | int = 0.0
     """Share of the old prices kept at each step of quantile balancing, 0 to below 1; 0 in Megatron-core."""
     cutoff_momentum: float | int = 0.99
