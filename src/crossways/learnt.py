@@ -22,8 +22,8 @@ from crossways.rules.select import Selection, Threshold
 @dataclass(frozen=True)
 class Sparsity:
     """How the weight of the sparsity loss follows the density of what is executed (ReMoE, Wang et al. 2024, arXiv
-    2412.14711, section 3): multiplied by `growth` after a batch that is too dense, divided by it after a too sparse
-    one."""
+    2412.14711, section 3.3, eq. 7-8): multiplied by `growth` after a step that is too dense, divided by it after a
+    too sparse one."""
 
     target: float
     """Share of pairs to execute, k / E, above 0 and at most 1."""

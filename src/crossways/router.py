@@ -160,9 +160,8 @@ class Router(Learnt):
     def _choice(self, logits_BSE: Tensor, scores_BSE: Tensor, context: Context) -> Tensor:
         by_logits = self.select.chooses_by == "logits" or self.price_momentum is not None
         choice_BSE = logits_BSE if by_logits else scores_BSE
-        if not self.has_bias:
-            return choice_BSE
-        return choice_BSE + (self.bias if context.bias_E is None else context.bias_E)
+        bias_E = self._buffers.get("bias") if context.bias_E is None else context.bias_E
+        return choice_BSE if bias_E is None else choice_BSE + bias_E
 
     def _cutoff_of(
         self,

@@ -22,7 +22,7 @@ from crossways.evaluation.settings import EvaluationSettings
 from crossways.evaluation.subject import subject_of
 from crossways.experts import resolve_backend
 from crossways.gates import Linear, build_gate
-from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+from crossways.models import CrosswaysConfig
 from crossways.perturb import DisableTop, perturbed
 from crossways.rules.registry import describe
 from crossways.rules.score import Score, build_score
@@ -139,8 +139,23 @@ def _disabled(score: Callable[..., Likelihood], *, causal: bool) -> DisabledExpe
     return DisabledExpert(raw=raw, renormalized=rescaled)
 
 
+def _backend(model: Any, dtype: torch.dtype) -> str:
+    """What computes the experts; of a model of transformers, its `experts_implementation`."""
+    if isinstance(model.config, CrosswaysConfig):
+        return resolve_backend(model.config.experts_backend, model.device, dtype)
+    return f"transformers {getattr(model.config, '_experts_implementation', None) or 'eager'}"
+
+
+def rule_of(model: Any) -> str:
+    """The routing rule on one line, such as `top_k(k=2) of softmax()`; `dense` without routed layers."""
+    if isinstance(model.config, CrosswaysConfig):
+        return rule_name(model.config)
+    handle = handle_of(model)
+    return "dense, or its family's own" if handle is None else handle.describe()
+
+
 def rule_name(config: CrosswaysConfig) -> str:
-    """The routing rule on one line, such as `top_k(k=2) of softmax()`; `dense` without routed layers.
+    """The routing rule of one of crossways' own models.
 
     A gate other than one plain matrix is named too, and so are layers that do not each have their own:
     `top_k(k=2) of softmax() of low_rank(rank=4), shared by all()`.

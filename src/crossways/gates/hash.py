@@ -42,7 +42,7 @@ class HashGate(Gate):
     The paper routes to one expert; K = 2 distinct ones is the baseline of CartesianMoE (arXiv 2410.16077). The table
     is drawn at initialisation (layers that do not share the gate hash differently), has no parameters and is saved.
 
-    A `balanced` one is the paper's balanced assignment (section 3.1, balanced hash), the same for all layers: it is
+    A `balanced` one is the paper's balanced assignment, the same for all layers: it is
     made by `count_tokens` from the counts of the training text, which our training does before the first step,
     and refuses to route before.
     """
@@ -67,8 +67,8 @@ class HashGate(Gate):
 
     @torch.no_grad()
     def balance(self, counts_V: Tensor) -> None:
-        """Replace the table by the balanced hash of the paper (section 3.1): from the commonest id to the rarest,
-        each takes the K experts with the fewest tokens so far.
+        """Replace the table by the paper's balanced hash: from the commonest id to the rarest, each takes the K
+        experts with the fewest tokens so far.
 
         Args:
             counts_V: how often each id occurs in the training text, (V,).

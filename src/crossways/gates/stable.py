@@ -27,13 +27,14 @@ class StableGate(Gate):
     """Two stages (StableMoE, Dai et al. 2022, arXiv 2204.08396, section 3, eq. 6-7, 9-10 and 12-14).
 
     Stage 1: the backbone's logits W x choose and weigh; a word-embedding router, logits C r(token), learns by
-    cross-entropy to name the backbone's first choice (returned as the gate's loss). Stage 2, from `freeze_after`
-    steps on: the distilled router chooses and no longer changes, so a token id keeps its experts; W x only
-    weighs, and goes on learning. Outside training the distilled router chooses in both stages, as in the authors'
-    code. The paper routes to one expert with sigmoid weights, y = sigmoid(w_i x) FFN_i(x).
+    cross-entropy to name the backbone's first choice (eq. 10 as a mean over tokens, the gate's loss). Stage 2, from
+    `freeze_after` steps on: the distilled router chooses and no longer changes, so a token id keeps its experts;
+    W x only weighs, and goes on learning. Outside training the distilled router chooses in both stages, as in the
+    authors' code. The paper routes to one expert with sigmoid weights, y = sigmoid(w_i x) FFN_i(x).
 
-    Its balance loss of stage 1 is `excess_load_coef`; like any other balance loss it is left out in stage 2. Under
-    distributed data parallel, stage 2 needs `find_unused_parameters`: the distilled router gets no gradient there.
+    Its balance loss of stage 1 (eq. 8) is `excess_load_coef`; like any other balance loss it is left out in stage 2.
+    Under distributed data parallel, stage 2 needs `find_unused_parameters`: the distilled router gets no gradient
+    there.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, vocab_size: int, dim: int, freeze_after: int) -> None:
@@ -85,8 +86,8 @@ class Stable(GateSpec):
     scheduled: ClassVar[bool] = True
 
     freeze_after: int
-    """Optimizer steps of stage 1, at least 0; a tenth of all in the authors' code (training passes where neither our
-    trainer nor its `OptimizerSteps` is used)."""
+    """Optimizer steps of stage 1, at least 0; a tenth of all in the paper's language models, 6,000 of 60,000
+    (training passes where neither our trainer nor its `OptimizerSteps` is used)."""
     dim: int = 50
     """Width of the word embeddings, at least 1; 50 in the paper."""
 

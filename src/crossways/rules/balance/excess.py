@@ -13,7 +13,7 @@ from crossways.rules.balance.tokens import valid_rows
 
 def excess_load_loss(logits_TE: Tensor, assignment: Assignment, valid_T: Tensor | None = None) -> Tensor:
     """(1 / T) sum_e (n_e - n) / n sum_{t in A_e} sigmoid(s[t, e]) (StableMoE, Dai et al. 2022, arXiv 2204.08396,
-    section 3.1, the balance loss of stage 1): A_e are the n_e tokens of expert e, n is their mean number.
+    eq. 8, the balance loss of stage 1): A_e are the n_e tokens of expert e, n is their mean number.
 
     Unlike Switch's loss it moves only the affinity of pairs that were executed. The paper and its code sum over the
     tokens of a batch, and so do they with the cross-entropy; divided by T both are means. Its weight is 0.3 in the

@@ -21,7 +21,8 @@ def load_balance_loss(
 ) -> Tensor:
     """E * sum_e f_e P_e (Switch Transformers, arXiv 2101.03961, eq. 4-6; 1/k: DeepSeekMoE, arXiv 2401.06066, eq. 13).
 
-    f_e is expert e's share of the executed pairs, P_e its mean softmax probability. Both sum to one, so perfect
+    f_e is expert e's share of the executed pairs (Switch counts those asked for, before any is dropped, GShard, arXiv
+    2006.16668, algorithm 1, first choices alone), P_e its mean softmax probability. Both sum to one, so perfect
     balance gives 1 for any k; transformers' `load_balancing_loss_func` counts each of the k choices in full and
     gives k times this. Other counts and other probabilities: `balance_product`.
 
@@ -29,8 +30,9 @@ def load_balance_loss(
         logits_TE: raw router logits (T, E).
         assignment: what was executed; its loads carry no gradient.
         valid_T: boolean (T,), false for padding, or None.
-        share_E: factor on each expert's term, float32 (E,), or None for one. MoE++ (arXiv 2410.07348, eq. 7)
-            takes tau <= 1 for zero-computation experts, so that the balance point sends them more tokens.
+        share_E: factor on each expert's term, float32 (E,), or None for one. MoE++ (arXiv 2410.07348, eq. 7) takes
+            tau <= 1 for zero-computation experts, so that the balance point sends them more tokens; its formula lacks
+            E / k, so its weight 0.01 is 0.01 k / E here.
         temperature: the probabilities are softmax(logits / temperature), above 0. The gates of USMoE's authors' code
             (arXiv 2503.22996) take 0.3 here and 1 for the weights.
 
@@ -67,8 +69,10 @@ def sequence_balance_loss(
     """Mean over rows of E * sum_e f_e P_e within one row (DeepSeek-V3, arXiv 2412.19437, eq. 17-20): f_e is expert
     e's share of the row's executed pairs, P_e its mean score after each token's scores were scaled to sum to one.
 
-    It keeps single sequences from collapsing on few experts where a bias balances the batch as a whole; DeepSeek-V3
-    gives it the weight 0.0001. Rows of padding count as zero.
+    Eq. 18 counts the k best scores without bias and groups, here the executed pairs count. With softmax scores this
+    is DeepSeek-V2's expert-level loss (arXiv 2405.04434, eq. 23-25). It keeps single sequences from collapsing on few
+    experts where a bias balances the batch as a whole; DeepSeek-V3 gives it the weight 0.0001. Rows of padding count
+    as zero.
 
     Args:
         scores_TE: non-negative scores (T, E), row-major.

@@ -46,7 +46,7 @@ class Capacity(Selection):
     declared causal, though one of at least E / k drops nobody. Generation has no full experts: the decode twin is the
     same rule without a limit, which is top-k.
 
-    MoE++ (arXiv 2410.07348, section 3.3, the capacity beside its heterogeneous balance loss) gives the experts that
+    MoE++ (arXiv 2410.07348, eq. 8) gives the experts that
     compute nothing, which come last, more places: with N_F feed-forward experts and N_Z others C is factor * k * n /
     (tau N_F + N_Z) for the others, and tau <= 1 times that for feed-forward experts. The paper writes T for what is
     to be placed; we read it as the k n choices of n tokens, or half of them would have no place.

@@ -19,7 +19,8 @@ from crossways.rules.select.top_k import TopK
 @dataclass(frozen=True)
 class ScheduledTopK(Selection):
     """Top-k with k going linearly from `k` to `k_end` over `steps` optimizer steps, rounded, and staying there
-    (SMoE-Dropout, arXiv 2303.01610, section 3: a frozen random router, and k from few experts to all).
+    (SMoE-Dropout, Chen et al. 2023, arXiv 2303.01610: a frozen random router, and k from few experts to all; the
+    straight line is the default of the authors' code).
 
     Evaluation uses the k that training has reached, which is part of the checkpoint. Called by itself, without a
     model that counts, it is at the start.
