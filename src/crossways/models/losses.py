@@ -99,11 +99,13 @@ def _terms(config: CrosswaysConfig) -> dict[str, tuple[float, Callable[[Routing]
         return sequence_balance_loss(r.scores_TE, r.assignment, r.num_rows, r.valid_T)
 
     def device_balance(r: Routing) -> Tensor:
-        return device_balance_loss(r.logits_TE, r.assignment, config.num_groups, r.valid_T)
+        return device_balance_loss(r.logits_TE, r.assignment, config.num_groups, r.valid_T, r.num_rows)
 
     def communication_balance(r: Routing) -> Tensor:
         select = cast(GroupLimited, build_selection(config.select or "top_k"))
-        return communication_balance_loss(r.logits_TE, r.assignment, select.n_group, select.topk_group, r.valid_T)
+        return communication_balance_loss(
+            r.logits_TE, r.assignment, select.n_group, select.topk_group, r.valid_T, r.num_rows
+        )
 
     def load(r: Routing) -> Tensor | None:
         if r.noise is None:  # outside training

@@ -67,3 +67,18 @@ def test_padding_and_gradients():
     none = chosen(set(), set(), set())
     assert device_balance_loss(logits_TE, none, 2, ~valid_T & valid_T) == 0
     assert communication_balance_loss(logits_TE, none, 2, 2, ~valid_T & valid_T) == 0
+
+
+def test_rows_are_sequences_of_their_own():
+    """Balance within each sequence: two one-sided rows that mirror each other look balanced together, not apart."""
+    skewed_TE = torch.tensor([[5.0, 5.0, 0.0, 0.0], [0.0, 0.0, 5.0, 5.0]])
+    assignment = chosen({0}, {2})
+    for loss in (
+        lambda rows: device_balance_loss(skewed_TE, assignment, 2, None, rows),
+        lambda rows: communication_balance_loss(skewed_TE, assignment, 2, 1, None, rows),
+    ):
+        assert loss(1).item() == pytest.approx(1.0)
+        assert loss(2).item() == pytest.approx(2 / (1 + math.exp(-5)), rel=1e-4)
+    # a row of padding counts as zero
+    half = device_balance_loss(skewed_TE, chosen({0}, set()), 2, torch.tensor([True, False]), 2)
+    assert half.item() == pytest.approx(1 / (1 + math.exp(-5)), rel=1e-4)

@@ -17,7 +17,7 @@ def excess_load_loss(logits_TE: Tensor, assignment: Assignment, valid_T: Tensor 
 
     Unlike Switch's loss it moves only the affinity of pairs that were executed. The paper and its code sum over the
     tokens of a batch, and so do they with the cross-entropy; divided by T both are means. Its weight is 0.3 in the
-    authors' code. Not bounded below by balance: it is negative where tokens are surer of idle experts than of busy
+    paper. Not bounded below by balance: it is negative where tokens are surer of idle experts than of busy
     ones.
 
     Args:
