@@ -131,11 +131,11 @@ EACH = {
     ),
     "device_balance": (
         {"device_balance_coef": 0.5, **GROUPS},
-        lambda r: device_balance_loss(r.logits_TE, r.assignment, 2, r.valid_T),
+        lambda r: device_balance_loss(r.logits_TE, r.assignment, 2, r.valid_T, r.num_rows),
     ),
     "communication_balance": (
         {"communication_balance_coef": 0.5, **GROUPS},
-        lambda r: communication_balance_loss(r.logits_TE, r.assignment, 2, 1, r.valid_T),
+        lambda r: communication_balance_loss(r.logits_TE, r.assignment, 2, 1, r.valid_T, r.num_rows),
     ),
     "importance": ({"importance_coef": 0.5}, lambda r: importance_loss(r.assignment)),
     "load": (
@@ -166,7 +166,9 @@ def test_each_coefficient_weighs_its_own_loss(tiny_model, tokens, name):
 def test_groups_by_themselves_for_selections_without_groups(tiny_model, tokens):
     model = tiny_model(device_balance_coef=0.5, expert_groups=2)
     output = model(tokens[0], labels=tokens[0], output_routings=True)
-    expected_R = torch.stack([device_balance_loss(r.logits_TE, r.assignment, 2) for r in output.routings])
+    expected_R = torch.stack(
+        [device_balance_loss(r.logits_TE, r.assignment, 2, None, r.num_rows) for r in output.routings]
+    )
     torch.testing.assert_close(output.aux_losses["device_balance"], expected_R)
 
 

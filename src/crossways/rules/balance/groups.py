@@ -45,8 +45,8 @@ def communication_balance_loss(
     valid_T: Tensor | None = None,
     num_rows: int = 1,
 ) -> Tensor:
-    """Mean over rows of sum_g f''_g P''_g (DeepSeek-V2, arXiv 2405.04434, eq. 29-31): within a row, f''_g is G / (M T)
-    times the number of tokens that are sent to group g at all, P''_g the sum of its experts' mean softmax
+    """Mean over rows of sum_g f''_g P''_g (DeepSeek-V2, arXiv 2405.04434, eq. 29-31): within a row, f''_g is G /
+    (M T) times the number of tokens that are sent to group g at all, P''_g the sum of its experts' mean softmax
     probabilities.
 
     Where every token visits M devices, equal traffic gives 1. Its weight is 0.02 in DeepSeek-V2.
