@@ -173,5 +173,7 @@ def _require_estimates(routers: list[Router]) -> None:
 
 def _names(model: nn.Module, count: int) -> list[str]:
     handle = handle_of(model)
-    names = list(handle.routers) if handle is not None else getattr(getattr(model, "config", None), "router_names", ())
+    names = (
+        list(handle.routers) if handle is not None else getattr(getattr(model, "config", None), "router_names", ())
+    )
     return list(names) if len(names) == count else [str(index) for index in range(count)]

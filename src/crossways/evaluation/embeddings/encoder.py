@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from crossways.errors import UserError
 from crossways.evaluation.embeddings.parts import Parts, Statistics, combined, standardised
-from crossways.evaluation.embeddings.reader import read_last_token, see_routing
+from crossways.evaluation.embeddings.reader import read_last_token
 from crossways.evaluation.embeddings.settings import EmbeddingSettings
 from crossways.evaluation.executed import Executed, RoutingRecord, decided_by, rules_of
+from crossways.evaluation.padding import padded
+from crossways.evaluation.seen import see_routing
 from crossways.evaluation.subject import subject_of
 from crossways.router import Router
 from crossways.sites import router_sites
@@ -91,6 +93,13 @@ class RoutedEncoder:
         return [site.router for site in router_sites(self.model) if not site.reuses]
 
     @property
+    def width(self) -> int:
+        """Z."""
+        routing = sum(router.num_experts for router in self.deciding)
+        hidden = int(self.model.config.get_text_config().hidden_size)
+        return {"hs": hidden, "rw": routing}.get(self.settings.kind, hidden + routing)
+
+    @property
     def pad_id(self) -> int:
         """The token id of padding."""
         known = (self.settings.pad_id, self.tokenizer.pad_token_id, 0)
@@ -107,11 +116,9 @@ class RoutedEncoder:
         return Parts(torch.cat([p.hidden_ND for p in done]), torch.cat([p.routing_NW for p in done]))
 
     def _read_batch(self, prompts: Sequence[tuple[int, ...]]) -> Parts:
-        ids_BS, mask_BS = left_padded(prompts, self.pad_id)
+        ids_BS, mask_BS = padded(prompts, self.pad_id, "left")
         device = self.model.device
-        return read_last_token(
-            self.model, ids_BS.to(device), mask_BS.to(device), routing=self.settings.reads_routing
-        )
+        return read_last_token(self.model, ids_BS.to(device), mask_BS.to(device), routing=self.settings.reads_routing)
 
     def tokens(self, text: str, prefix: str = "") -> list[int]:
         """Token ids of a text's prompt; the text loses its end where the prompt would be too long."""
@@ -137,14 +144,3 @@ class RoutedEncoder:
                     f"{rule.name} lets the texts of a batch influence each other, so an embedding would depend on its "
                     "neighbours; use batch_size 1, a rule per sequence, or the decode twin (causal)"
                 )
-
-
-def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of sequences that end together, each int64 (B, S)."""
-    length = max(map(len, prompts))
-    ids_BS = torch.full((len(prompts), length), pad_id)
-    mask_BS = torch.zeros_like(ids_BS)
-    for row, ids in enumerate(prompts):
-        ids_BS[row, length - len(ids) :] = torch.tensor(ids)
-        mask_BS[row, length - len(ids) :] = 1
-    return ids_BS, mask_BS

@@ -103,7 +103,11 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> Rows:
     """The objects of a JSON or JSON-lines file, each with these columns and no others."""
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(row) for row in text.splitlines() if row]
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(row) for row in text.splitlines() if row]
+        )
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:

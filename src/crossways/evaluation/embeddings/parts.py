@@ -44,9 +44,7 @@ class Statistics:
         """Those of some texts, at least two; the deviation is the unbiased one, as in the code of MoEE."""
         if len(parts) < 2:
             raise UserError(f"standardising needs two texts or more, got {len(parts)}")
-        return cls(
-            *(stat for x_NZ in (parts.hidden_ND, parts.routing_NW) for stat in (x_NZ.mean(0), x_NZ.std(0)))
-        )
+        return cls(*(stat for x_NZ in (parts.hidden_ND, parts.routing_NW) for stat in (x_NZ.mean(0), x_NZ.std(0))))
 
     def apply(self, parts: Parts) -> Parts:
         """Standardised parts."""
@@ -66,7 +64,9 @@ def standardised(parts: Parts, settings: EmbeddingSettings, statistics: Statisti
         return parts
     if settings.standardise == "fitted":
         if statistics is None:
-            raise UserError("standardise is `fitted`, but nothing was fitted: call fit on some texts (--fit-on) first")
+            raise UserError(
+                "standardise is `fitted`, but nothing was fitted: call fit on some texts (--fit-on) first"
+            )
         return statistics.apply(parts)
     starts = list(range(0, len(parts), settings.standardise_over))
     if len(starts) > 1 and len(parts) - starts[-1] < 2:

@@ -5,39 +5,17 @@ Legend: B batch, S sequence, D model width, E experts, W routing width (the sum 
 
 from __future__ import annotations
 
-import inspect
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from crossways.errors import UserError
 from crossways.evaluation.embeddings.parts import Parts
-from crossways.models import CrosswaysConfig
+from crossways.evaluation.padding import model_inputs
 from crossways.routing import Routing
 from crossways.sites import router_sites
-from crossways.surgery.find import UnknownRoutingError
 from crossways.surgery.handle import handle_of
-from crossways.surgery.reroute import reroute
-
-
-def see_routing(model: nn.Module, *, needed: bool) -> None:
-    """Make a model's routers visible: one of transformers that is not rerouted gets a handle with its own rule, which
-    changes no output.
-
-    Raises:
-        UserError: if routing is needed and the model has none, or none that is understood.
-    """
-    if router_sites(model):
-        return
-    if not isinstance(getattr(model, "config", None), CrosswaysConfig):
-        with ExitStack() as stack:
-            if not needed:
-                stack.enter_context(suppress(UnknownRoutingError))
-            reroute(model, "own")
-    elif needed:
-        raise UserError("this model has no routed layer, so it has no routing weights; use kind hs")
 
 
 def read_last_token(model: Any, ids_BS: Tensor, mask_BS: Tensor, *, routing: bool) -> Parts:
@@ -49,6 +27,7 @@ def read_last_token(model: Any, ids_BS: Tensor, mask_BS: Tensor, *, routing: boo
         mask_BS: 1 for tokens, 0 for padding, all of which is on the left; int64 (B, S).
         routing: whether to collect router logits, of all routers that decided by themselves.
     """
+    decoder = _decoder(model)
     logits_BE: list[Tensor] = []
 
     def collect(router: nn.Module, args: tuple[Any, ...], said: Routing) -> None:
@@ -59,7 +38,7 @@ def read_last_token(model: Any, ids_BS: Tensor, mask_BS: Tensor, *, routing: boo
     with ExitStack() as stack:
         for site in router_sites(model) if routing else ():
             stack.callback(site.router.register_forward_hook(collect).remove)
-        hidden_BSD = _decoder(model)(**_inputs(model, ids_BS, mask_BS)).last_hidden_state
+        hidden_BSD = decoder(**model_inputs(decoder, ids_BS, mask_BS)).last_hidden_state
     hidden_BD = hidden_BSD[:, -1].float().cpu()
     return Parts(hidden_BD, torch.cat(logits_BE, -1) if logits_BE else hidden_BD[:, :0])
 
@@ -67,13 +46,3 @@ def read_last_token(model: Any, ids_BS: Tensor, mask_BS: Tensor, *, routing: boo
 def _decoder(model: Any) -> nn.Module:
     handle = handle_of(model)
     return model.get_decoder() if handle is None else handle.decoder
-
-
-def _inputs(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Any]:
-    """Positions count from a row's first token, so that left padding does not shift them."""
-    inputs: dict[str, Any] = {"input_ids": ids_BS, "use_cache": False}
-    if not bool(mask_BS.all()):
-        inputs["attention_mask"] = mask_BS
-        if "position_ids" in inspect.signature(_decoder(model).forward).parameters:
-            inputs["position_ids"] = (mask_BS.cumsum(-1) - 1).clamp(min=0)
-    return inputs

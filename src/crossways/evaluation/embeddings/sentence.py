@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from crossways.errors import UserError
-from crossways.evaluation.embeddings.encoder import RoutedEncoder, left_padded
+from crossways.evaluation.embeddings.encoder import RoutedEncoder
 from crossways.evaluation.embeddings.parts import Statistics, combined, standardised
 from crossways.evaluation.embeddings.reader import read_last_token
 from crossways.evaluation.embeddings.settings import EmbeddingSettings
 from crossways.evaluation.executed import decided_by
+from crossways.evaluation.padding import padded
 from crossways.surgery.checkpoint import load_causal_lm
 
 SETTINGS_FILE = "crossways_embedding.json"
@@ -64,7 +65,7 @@ class RoutedEmbedding(InputModule):
         """Token ids and attention mask of prompts, left-padded; a prompt of sentence-transformers precedes the text
         inside the template."""
         prompts = [self.encoder.tokens(text, prompt or "") for text in inputs]
-        ids_BS, mask_BS = left_padded(prompts, self.encoder.pad_id)
+        ids_BS, mask_BS = padded(prompts, self.encoder.pad_id, "left")
         return {"input_ids": ids_BS, "attention_mask": mask_BS}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -80,9 +81,7 @@ class RoutedEmbedding(InputModule):
 
     def get_embedding_dimension(self) -> int:
         """Z."""
-        routing = sum(router.num_experts for router in self.encoder.deciding)
-        hidden = self.model.config.get_text_config().hidden_size
-        return {"hs": hidden, "rw": routing}.get(self.encoder.settings.kind, hidden + routing)
+        return self.encoder.width
 
     @property
     def max_seq_length(self) -> int | None:
@@ -92,14 +91,14 @@ class RoutedEmbedding(InputModule):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write the model's checkpoint, rule included, its tokenizer, the settings and any statistics."""
         self.model.save_pretrained(output_path)
-        self.tokenizer.save_pretrained(output_path)
+        self.encoder.tokenizer.save_pretrained(output_path)
         folder = Path(output_path)
         (folder / SETTINGS_FILE).write_text(self.encoder.settings.model_dump_json(indent=1), encoding="utf-8")
         if self.encoder.statistics is not None:
             save_file(self.encoder.statistics.state(), folder / STATISTICS_FILE)
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Self:
+    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Self:  # type: ignore[override]
         """What `save` wrote, from a folder."""
         folder = Path(model_name_or_path) / subfolder
         if not (folder / SETTINGS_FILE).is_file():
@@ -124,4 +123,6 @@ def sentence_transformer(
 
 def load_sentence_transformer(folder: str | Path, device: str | None = None) -> SentenceTransformer:
     """A saved one, without running code that the folder names."""
-    return SentenceTransformer(modules=[RoutedEmbedding.load(str(folder))], similarity_fn_name="cosine", device=device)
+    return SentenceTransformer(
+        modules=[RoutedEmbedding.load(str(folder))], similarity_fn_name="cosine", device=device
+    )

@@ -30,8 +30,8 @@ class EmbeddingSettings(Settings):
 
     kind: Kind = "hs"
     """`hs`: hidden state after the last layer and norm, at the last token. `rw`: router logits of all layers there,
-    in a row. `moee`: both in a row, which wants `standardise`. `moee-sum`: both scaled to length 1, so that the cosine
-    of two embeddings is the weighted mean of the cosines of the parts."""
+    in a row. `moee`: both in a row, which wants `standardise`. `moee-sum`: both scaled to length 1, so that the
+    cosine of two embeddings is the weighted mean of the cosines of the parts."""
     alpha: float = Field(default=1.0, gt=0)
     """Weight of the routing weights' cosine in `moee-sum`, above 0; 1 in the code of MoEE, sensible 0.1 to 10."""
     prompt: str = "none"
@@ -95,6 +95,8 @@ class EmbeddingSettings(Settings):
 
 def _known(name: str, known: dict[str, str], place: str, field: str) -> str:
     if name not in known and place not in name:
-        raise UserError(f"unknown {field} {name!r}{nearest(name, list(known))}; known: {', '.join(known)}, or a text "
-                        f"that contains {place}")
+        raise UserError(
+            f"unknown {field} {name!r}{nearest(name, list(known))}; known: {', '.join(known)}, or a text "
+            f"that contains {place}"
+        )
     return name
