@@ -54,13 +54,13 @@ def embed_command(
     """Embed texts with MODEL, which was never trained for it, and run tasks of mteb on the embeddings."""
     from rich.console import Console
 
-    from crossways.commands.harness import lists_table
+    from crossways.commands.harness import print_lists
     from crossways.commands.terminal import no_bars_in_logs
     from crossways.extras import require
 
     console = Console()
     if list_tasks:
-        console.print(lists_table("mteb"))
+        print_lists(console, "mteb")
         return
     if model_name is None or tasks is None:
         raise UserError("give a MODEL and --tasks (or --list)")
@@ -127,7 +127,7 @@ def figures_table(record: EmbeddingRecord) -> Table:
     spent = "" if routing.experts_per_token is None else f"; {routing.experts_per_token:.4g} experts per token"
     caption = (
         f"{settings.kind}, prompt {settings.prompt}, standardise {settings.standardise}, width {record.width}; "
-        f"{routing.rule}{', by decode twins' if routing.causal else ''}{spent}"
+        f"{routing.rule}{f', by {routing.twin}' if routing.twin else ''}{spent}"
     )
     table = Table("task", "type", "metric", "value", title=record.model, caption=caption, caption_justify="left")
     for task in record.tasks:

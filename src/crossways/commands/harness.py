@@ -11,6 +11,7 @@ import typer
 from crossways.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from crossways.evaluation.harness.record import HarnessRecord
@@ -51,7 +52,7 @@ def harness_command(
 
     console = Console()
     if list_tasks:
-        console.print(lists_table("lm-eval"))
+        print_lists(console, "lm-eval")
         return
     if model_name is None or tasks is None:
         raise UserError("give a MODEL and --tasks (or --list)")
@@ -88,16 +89,17 @@ def harness_command(
         console.print(f"written to {out}", highlight=False, soft_wrap=True, markup=False)
 
 
-def lists_table(tool: Literal["lm-eval", "mteb"]) -> Table:
-    """The shipped task lists of a tool, for a terminal."""
-    from rich.table import Table
+def print_lists(console: Console, tool: Literal["lm-eval", "mteb"]) -> None:
+    """The shipped task lists of a tool."""
+    from rich.text import Text
 
     from crossways.evaluation.task_lists import shipped_lists
 
-    table = Table("list", "what it is", "tasks", "from", "notes")
     for name, each in shipped_lists(tool).items():
-        table.add_row(name, each.title, ", ".join(task.task for task in each.tasks), each.source, each.notes)
-    return table
+        console.print(Text(name, style="bold"), Text(each.title, style="italic"), sep="  ")
+        tasks = ", ".join(task.task for task in each.tasks)
+        for line in (each.source, tasks, each.notes):
+            console.print(Text(f"  {line}"), soft_wrap=True)
 
 
 def figures_table(record: HarnessRecord) -> Table:
@@ -108,7 +110,7 @@ def figures_table(record: HarnessRecord) -> Table:
     mark = " (leaky)" if routing.leaky else ""
     spent = "" if routing.experts_per_token is None else f"; {routing.experts_per_token:.4g} experts per token"
     caption = (
-        f"{routing.rule}{', by decode twins' if routing.causal else ''}{spent}; batch {protocol.batch_size}, "
+        f"{routing.rule}{f', by {routing.twin}' if routing.twin else ''}{spent}; batch {protocol.batch_size}, "
         f"at most {protocol.max_length} tokens, {protocol.truncated} of {protocol.requests} requests cut"
     )
     if routing.leaky:

@@ -6,7 +6,7 @@ Legend: B batch, S sequence, T tokens, E experts, R routers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from crossways.errors import UserError
 from crossways.evaluation.evaluate import leak_reason_of, rule_of
 from crossways.router import Router
 from crossways.routing import Routing
+from crossways.rules.registry import describe
 from crossways.rules.score import Score
 from crossways.rules.select import Selection
 from crossways.settings import Settings
@@ -45,7 +46,9 @@ class RoutingRecord(Settings):
     spec: dict[str, Any]
     """What the rule is built from again: a rerouted model's rule, or the configuration fields of one of our own."""
     causal: bool
-    """Whether the decode twins decided."""
+    """Whether every token's experts were decided by its past alone: by the rule's decode twin, where it has one."""
+    twin: str | None
+    """The decode twin that decided in the rule's place, of the first router; None if the rule itself did."""
     leaky: bool
     """Whether a token's experts depended on later tokens or on other rows."""
     leak_reason: str
@@ -95,6 +98,7 @@ class Executed:
             rule=rule_of(self.model),
             spec=spec_of(self.model),
             causal=causal,
+            twin=twin_of(self.routers) if causal else None,
             leaky=bool(reason),
             leak_reason=reason,
             experts_per_token=sum(known) / len(known) if known else None,
@@ -136,6 +140,15 @@ def decided_by(model: Any, *, causal: bool) -> Iterator[bool]:
 def rules_of(model: nn.Module) -> list[Selection | Score]:
     """Selections and scores of all routers."""
     return [rule for site in router_sites(model) for rule in (site.router.select, site.router.score)]
+
+
+def twin_of(routers: Sequence[Router]) -> str | None:
+    """What stands in for the first router's rule in generation; None if the rule needs no stand-in."""
+    for router in routers[:1]:
+        select, score = router.select.decode_twin(), router.score.decode_twin()
+        if (select, score) != (router.select, router.score):
+            return f"{describe(select)} of {describe(score)}"
+    return None
 
 
 def spec_of(model: Any) -> dict[str, Any]:

@@ -141,6 +141,6 @@ class RoutedEncoder:
         for rule in rules_of(self.model):
             if not rule.batch_invariant:
                 raise UserError(
-                    f"{rule.name} lets the texts of a batch influence each other, so an embedding would depend on its "
-                    "neighbours; use batch_size 1, a rule per sequence, or the decode twin (causal)"
+                    f"{rule.name} lets the texts of a batch influence each other, so an embedding would depend on "
+                    "its neighbours; use batch_size 1, a rule per sequence, or the decode twin (causal)"
                 )

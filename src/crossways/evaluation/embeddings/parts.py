@@ -81,8 +81,8 @@ def combined(parts: Parts, settings: EmbeddingSettings) -> Tensor:
 
     `moee-sum` is the paper's weighted sum of similarities, cos(h, h') + alpha cos(r, r'), as one vector: unit vectors
     in a row, the second scaled by sqrt(alpha). Dot products are that sum, cosines that sum over 1 + alpha. (The
-    paper's code sums similarities where it has pairs, and for clustering averages cluster labels; as a vector the same
-    idea serves every task.)
+    paper's code sums similarities where it has pairs, and averages cluster labels for clustering; as a vector the
+    same idea serves every task.)
     """
     if settings.kind == "hs":
         return parts.hidden_ND
