@@ -14,6 +14,7 @@ from crossways.errors import UserError
 from crossways.evaluation.settings import EvaluationSettings
 from crossways.evaluation.subject import subject_of
 from crossways.models import CrosswaysConfig
+from crossways.rules.registry import nearest
 from crossways.surgery.checkpoint import load_causal_lm
 from crossways.surgery.handle import handle_of
 from crossways.surgery.reroute import reroute
@@ -21,6 +22,9 @@ from crossways.training.corpus import CorpusSettings, load_corpus
 
 WINDOW = 256
 """Tokens per window of calibration text, or the model's context if that is shorter."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of weights."""
 
 
 def prepared(
@@ -49,8 +53,8 @@ def prepared(
     """
     if k is not None and rule is None:
         raise UserError("-k is for --rule: give a preset as well")
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"unknown dtype {dtype!r}; such as float32, bfloat16, float16")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}{nearest(dtype, list(DTYPES))}; known: {', '.join(DTYPES)}")
     model, tokenizer = load_causal_lm(name, **({"dtype": getattr(torch, dtype)} if dtype else {}))
     if rule is not None:
         if isinstance(model.config, CrosswaysConfig):
