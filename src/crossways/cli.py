@@ -13,7 +13,9 @@ import typer
 
 from crossways import __version__
 from crossways.commands.calibrate import calibrate_command
+from crossways.commands.embed import embed_command
 from crossways.commands.finetune import finetune_command
+from crossways.commands.harness import harness_command
 from crossways.commands.reroute import reroute_command
 from crossways.commands.routers import routers_command
 from crossways.commands.terminal import no_bars_in_logs
@@ -180,7 +182,9 @@ def recipes(
 
 
 app.command("calibrate")(calibrate_command)
+app.command("embed")(embed_command)
 app.command("finetune")(finetune_command)
+app.command("harness")(harness_command)
 app.command("reroute")(reroute_command)
 app.command("routers")(routers_command)
 

@@ -1,0 +1,1 @@
+"""Downstream tasks of lm-eval on a routed model, with the routing in the record."""
