@@ -5,6 +5,7 @@ Legend: T tokens, E experts, D model width, F expert width, H rows of the first 
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import torch
@@ -18,8 +19,9 @@ from crossways.experts.grouped import grouped
 from crossways.experts.loop import loop
 from crossways.experts.naive import naive
 from crossways.experts.peers import PREFIX, peer_names, run_peer, why_not_peer
+from crossways.experts.triton import triton_experts, why_not_triton
 
-_OURS = {"naive": naive, "loop": loop, "grouped_mm": grouped}
+_OURS = {"naive": naive, "loop": loop, "grouped_mm": grouped, "triton": triton_experts}
 
 
 def backends() -> list[str]:
@@ -39,6 +41,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it reads the expert loads on the host, so it is for CPU tensors, and these are on {device.type}"
     if name == "grouped_mm":
         return _why_not_grouped(device, dtype)
+    if name == "triton":
+        return why_not_triton(device, dtype)
     return why_not_peer(name, device, dtype) if name.startswith(PREFIX) else None
 
 
@@ -52,23 +56,33 @@ def _why_not_grouped(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that `name` means for tensors of this device and dtype.
 
-    `auto` is `loop` on a CPU; elsewhere `grouped_mm` where it runs, else `naive`. Any other name means itself: a
-    backend that was asked for by name is never replaced.
+    `auto` is `loop` on a CPU; elsewhere the first of `triton`, `grouped_mm` and `naive` that runs, with a warning that
+    says why those before it do not. Any other name means itself: a backend that was asked for by name is never
+    replaced.
 
     Raises:
         UserError: for an unknown name, or a backend that cannot run; the message says why.
     """
     device = torch.device(device)
     if name == "auto":
-        if device.type == "cpu":
-            return "loop"
-        return "naive" if why_not("grouped_mm", device, dtype) else "grouped_mm"
+        return "loop" if device.type == "cpu" else _first_that_runs(device, dtype)
     if reason := why_not(name, device, dtype):
         raise UserError(f"experts backend {name!r} cannot run: {reason}; choose another, or auto")
     return name
+
+
+def _first_that_runs(device: torch.device, dtype: torch.dtype) -> str:
+    """By the order of speed; `naive` runs anywhere."""
+    for name in ("triton", "grouped_mm"):
+        reason = why_not(name, device, dtype)
+        if reason is None:
+            return name
+        warnings.warn(f"experts backend {name!r} cannot run: {reason}; trying the next", stacklevel=3)
+    return "naive"
 
 
 def compute_experts(

@@ -1,0 +1,134 @@
+"""Back through the second matrix, the routing weight and the activation, in one pass over the pairs.
+
+With h = activation(before) and g the gradient of y at the pair's token: the gradient of weight * h is down_e^T g; from
+it come the gradients of the weight and of `before`, and weight * h itself, which the second matrix' gradient needs.
+
+Legend: T tokens, P pairs, E experts, N column tiles, D model width, F expert width, H columns before the activation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crossways.experts.triton.activations import activate, derivative
+from crossways.experts.triton.configs import MIN_BLOCK_N, prune_row_products, row_product_configs
+from crossways.experts.triton.launch import Products
+from crossways.experts.triton.plan import Tiles
+from crossways.experts.triton.tiling import multiply, rows_of_tile, tile_of_program
+
+
+class HiddenGrads(NamedTuple):
+    """What `hidden_grads` gives. Slack rows of the first two are left as they were allocated."""
+
+    hidden_PF: Tensor
+    """weight * h."""
+    before_PH: Tensor
+    """Gradient of what the activation was applied to."""
+    weight_P: Tensor
+    """Gradient of the routing weights, float32; zero for slack."""
+
+
+def hidden_grads(
+    grad_TD: Tensor,
+    token_P: Tensor,
+    weight_P: Tensor,
+    offsets_E1: Tensor,
+    before_PH: Tensor,
+    down_EDF: Tensor,
+    tiles: Tiles,
+    products: Products,
+) -> HiddenGrads:
+    """From the gradient of the output (T, D)."""
+    pairs, (_, model_width, width) = token_P.numel(), down_EDF.shape
+    hidden_PF, grad_PH = before_PH.new_empty(pairs, width), before_PH.new_empty(before_PH.shape)
+    part_NP = weight_P.new_zeros(triton.cdiv(width, MIN_BLOCK_N), pairs, dtype=torch.float32)
+    count = tiles.expert_G.numel()
+    hidden_grad_kernel[lambda meta: (count * triton.cdiv(width, meta["BLOCK_N"]),)](
+        *(grad_TD, token_P, weight_P, down_EDF, before_PH, hidden_PF, grad_PH, part_NP),
+        *(tiles.expert_G, tiles.row_G, offsets_E1, *grad_TD.stride(), *down_EDF.stride()),
+        *(count, pairs, model_width, width),
+        ACTIVATION=products.activation,
+        GATED=products.gated,
+        **products.meta(),
+    )
+    return HiddenGrads(hidden_PF, grad_PH, part_NP.sum(0))
+
+
+@triton.autotune(
+    row_product_configs(),
+    key=["D", "F", "BLOCK_M", "GATED"],
+    prune_configs_by={"early_config_prune": prune_row_products("F", gated_matrices=False)},
+    # While timing, candidates with narrow tiles write parts that the chosen one may not overwrite.
+    reset_to_zero=["part_ptr"],
+)
+@triton.jit
+def hidden_grad_kernel(
+    grad_ptr,
+    token_ptr,
+    weight_ptr,
+    down_ptr,
+    before_ptr,
+    hidden_ptr,
+    grad_before_ptr,
+    part_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    offsets_ptr,
+    stride_gt,
+    stride_gd,
+    stride_de,
+    stride_dd,
+    stride_df,
+    tiles,
+    P,
+    D,
+    F,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of rows by `BLOCK_N` hidden units."""
+    tile, tile_n = tile_of_program(tiles, tl.cdiv(F, BLOCK_N), GROUP_M)
+    expert, rows, real = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr, BLOCK_M)
+    if expert < 0:
+        return
+    token = tl.load(token_ptr + rows, mask=real, other=0)
+    f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_K)
+    grad_at = grad_ptr + token[:, None] * stride_gt + d[None, :] * stride_gd
+    down_at = down_ptr + expert.to(tl.int64) * stride_de + d[:, None] * stride_dd + f[None, :] * stride_df
+    grad = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for done in range(0, D, BLOCK_K):
+        inside = d < D - done
+        a = tl.load(grad_at, mask=real[:, None] & inside[None, :], other=0.0)
+        b = tl.load(down_at, mask=inside[:, None] & (f < F)[None, :], other=0.0)
+        grad = multiply(a, b, grad, UPCAST, PRECISION)
+        grad_at += BLOCK_K * stride_gd
+        down_at += BLOCK_K * stride_dd
+    stored = real[:, None] & (f < F)[None, :]
+    dtype = hidden_ptr.dtype.element_ty
+    H: tl.constexpr = 2 if GATED else 1
+    first = rows[:, None] * (F * H) + f[None, :]
+    gate = tl.load(before_ptr + first, mask=stored, other=0.0).to(tl.float32)
+    hidden = activate(gate, ACTIVATION)
+    weighted = grad * tl.load(weight_ptr + rows, mask=real, other=0.0).to(tl.float32)[:, None]
+    slope = weighted * derivative(gate, ACTIVATION)
+    if GATED:
+        value = tl.load(before_ptr + first + F, mask=stored, other=0.0).to(tl.float32)
+        tl.store(grad_before_ptr + first + F, (weighted * hidden).to(dtype), mask=stored)
+        slope = slope * value
+        hidden = hidden * value
+    tl.store(grad_before_ptr + first, slope.to(dtype), mask=stored)
+    tl.store(part_ptr + tile_n.to(tl.int64) * P + rows, tl.sum(grad * hidden, 1), mask=real)
+    weight = tl.load(weight_ptr + rows, mask=real, other=0.0).to(tl.float32)[:, None]
+    tl.store(hidden_ptr + rows[:, None] * F + f[None, :], (hidden * weight).to(dtype), mask=stored)

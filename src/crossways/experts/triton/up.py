@@ -1,0 +1,115 @@
+"""hidden[p] = weight[p] * activation(up_e x[token[p]]): gather, product, activation and weight in one pass.
+
+Legend: T tokens, P pairs, E experts, D model width, F expert width, H rows of the first matrix (2F gated, F plain).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crossways.experts.triton.activations import activate
+from crossways.experts.triton.configs import prune_row_products, row_product_configs
+from crossways.experts.triton.launch import Products
+from crossways.experts.triton.plan import Tiles
+from crossways.experts.triton.tiling import multiply, rows_of_tile, tile_of_program
+
+
+def up_products(
+    x_TD: Tensor,
+    token_P: Tensor,
+    weight_P: Tensor,
+    offsets_E1: Tensor,
+    up_EHD: Tensor,
+    tiles: Tiles,
+    products: Products,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """The weighted hidden rows (P, F) and, where `save`, what the activation was applied to (P, H), else (0, H)."""
+    pairs, rows, model_width = token_P.numel(), up_EHD.shape[1], x_TD.shape[1]
+    width = rows // 2 if products.gated else rows
+    hidden_PF = x_TD.new_empty(pairs, width)
+    before_PH = x_TD.new_empty(pairs if save else 0, rows)
+    count = tiles.expert_G.numel()
+    up_kernel[lambda meta: (count * triton.cdiv(width, meta["BLOCK_N"]),)](
+        *(x_TD, token_P, weight_P, up_EHD, hidden_PF, before_PH, tiles.expert_G, tiles.row_G, offsets_E1),
+        *(*x_TD.stride(), *up_EHD.stride(), count, model_width, width),
+        ACTIVATION=products.activation,
+        GATED=products.gated,
+        SAVE=save,
+        **products.meta(),
+    )
+    return hidden_PF, before_PH
+
+
+@triton.autotune(
+    row_product_configs(),
+    key=["D", "F", "BLOCK_M", "GATED"],
+    prune_configs_by={"early_config_prune": prune_row_products("F", gated_matrices=True)},
+)
+@triton.jit
+def up_kernel(
+    x_ptr,
+    token_ptr,
+    weight_ptr,
+    up_ptr,
+    hidden_ptr,
+    before_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    offsets_ptr,
+    stride_xt,
+    stride_xd,
+    stride_ue,
+    stride_uh,
+    stride_ud,
+    tiles,
+    D,
+    F,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    SAVE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of rows by `BLOCK_N` hidden units; gated activations keep two accumulators."""
+    tile, tile_n = tile_of_program(tiles, tl.cdiv(F, BLOCK_N), GROUP_M)
+    expert, rows, real = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr, BLOCK_M)
+    if expert < 0:
+        return
+    token = tl.load(token_ptr + rows, mask=real, other=0)
+    f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + token[:, None] * stride_xt + d[None, :] * stride_xd
+    up_at = up_ptr + expert.to(tl.int64) * stride_ue + f[None, :] * stride_uh + d[:, None] * stride_ud
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for done in range(0, D, BLOCK_K):
+        inside = d < D - done
+        x = tl.load(x_at, mask=real[:, None] & inside[None, :], other=0.0)
+        wanted = inside[:, None] & (f < F)[None, :]
+        gate = multiply(x, tl.load(up_at, mask=wanted, other=0.0), gate, UPCAST, PRECISION)
+        if GATED:
+            up = tl.load(up_at + F * stride_uh, mask=wanted, other=0.0)
+            value = multiply(x, up, value, UPCAST, PRECISION)
+        x_at += BLOCK_K * stride_xd
+        up_at += BLOCK_K * stride_ud
+    stored = real[:, None] & (f < F)[None, :]
+    dtype = hidden_ptr.dtype.element_ty
+    hidden = activate(gate, ACTIVATION)
+    if SAVE:
+        H: tl.constexpr = 2 if GATED else 1
+        before_at = before_ptr + rows[:, None] * (F * H) + f[None, :]
+        tl.store(before_at, gate.to(dtype), mask=stored)
+        if GATED:
+            tl.store(before_at + F, value.to(dtype), mask=stored)
+    if GATED:
+        hidden = hidden * value
+    weight = tl.load(weight_ptr + rows, mask=real, other=0.0).to(tl.float32)
+    tl.store(hidden_ptr + rows[:, None] * F + f[None, :], (hidden * weight[:, None]).to(dtype), mask=stored)

@@ -1,0 +1,93 @@
+"""grad_e = sum over e's pairs of left[p] right[p]^T, the gradient of an expert's matrix.
+
+One of the two factors is read through the pairs' tokens, so neither inputs nor output gradients are ever permuted in
+memory. Each program walks over one expert's segment; a hot expert is therefore summed by I J / (block sizes) programs.
+
+Legend: T tokens, P pairs, E experts, I rows and J columns of the matrix.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crossways.experts.triton.configs import prune_weight_grads, weight_grad_configs
+from crossways.experts.triton.launch import Products
+from crossways.experts.triton.tiling import multiply
+
+
+def weight_grads(
+    left: Tensor, right: Tensor, token_P: Tensor, offsets_E1: Tensor, products: Products, gathered: str
+) -> Tensor:
+    """The gradients (E, I, J); zero for experts without pairs.
+
+    Args:
+        left: (P, I), or (T, I) when it is the one that is gathered.
+        right: (P, J), or (T, J).
+        token_P: token of each pair.
+        offsets_E1: first pair of each expert, and the end of the last.
+        products: from `products_for`.
+        gathered: `left` or `right`.
+    """
+    experts, rows, columns = offsets_E1.numel() - 1, left.shape[1], right.shape[1]
+    out_EIJ = left.new_empty(experts, rows, columns)
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (experts * triton.cdiv(rows, meta["BLOCK_I"]) * triton.cdiv(columns, meta["BLOCK_J"]),)
+
+    weight_grad_kernel[grid](
+        *(left, right, token_P, offsets_E1, out_EIJ, *left.stride(), *right.stride(), rows, columns),
+        GATHER_LEFT=gathered == "left",
+        UPCAST=products.upcast,
+        PRECISION=products.precision,
+    )
+    return out_EIJ
+
+
+@triton.autotune(
+    weight_grad_configs(),
+    key=["ROWS", "COLUMNS", "GATHER_LEFT"],
+    prune_configs_by={"early_config_prune": prune_weight_grads},
+)
+@triton.jit
+def weight_grad_kernel(
+    left_ptr,
+    right_ptr,
+    token_ptr,
+    offsets_ptr,
+    out_ptr,
+    stride_lr,
+    stride_li,
+    stride_rr,
+    stride_rj,
+    ROWS,
+    COLUMNS,
+    GATHER_LEFT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A block of one expert's gradient; programs of one expert follow each other, since they read the same rows."""
+    blocks_j = tl.cdiv(COLUMNS, BLOCK_J)
+    blocks = tl.cdiv(ROWS, BLOCK_I) * blocks_j
+    expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    i = (block // blocks_j) * BLOCK_I + tl.arange(0, BLOCK_I)
+    j = (block % blocks_j) * BLOCK_J + tl.arange(0, BLOCK_J)
+    start, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    sum = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
+    for first in range(start, end, BLOCK_R):
+        pair = first + tl.arange(0, BLOCK_R)
+        real = pair < end
+        token = tl.load(token_ptr + pair, mask=real, other=0)
+        left_row = token if GATHER_LEFT else pair
+        right_row = pair if GATHER_LEFT else token
+        left_at = left_ptr + left_row[None, :] * stride_lr + i[:, None] * stride_li
+        right_at = right_ptr + right_row[:, None] * stride_rr + j[None, :] * stride_rj
+        left = tl.load(left_at, mask=real[None, :] & (i < ROWS)[:, None], other=0.0)
+        right = tl.load(right_at, mask=real[:, None] & (j < COLUMNS)[None, :], other=0.0)
+        sum = multiply(left, right, sum, UPCAST, PRECISION)
+    out_at = out_ptr + expert.to(tl.int64) * ROWS * COLUMNS + i[:, None] * COLUMNS + j[None, :]
+    tl.store(out_at, sum.to(out_ptr.dtype.element_ty), mask=(i < ROWS)[:, None] & (j < COLUMNS)[None, :])
