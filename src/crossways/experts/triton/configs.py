@@ -10,7 +10,7 @@ Legend: M rows, N columns, K inner dimension of a product.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,24 +25,41 @@ _ROW_PRODUCTS = (
     (256, 64, 8, 3),
     (128, 64, 4, 4),
     (128, 32, 8, 4),
+    (64, 64, 8, 4),
     (64, 64, 4, 4),
-    (64, 32, 4, 4),
+    (64, 32, 8, 4),
     (32, 32, 4, 3),
 )
-# (BLOCK_I, BLOCK_J, BLOCK_R, warps, stages): rows and columns of the gradient, and pairs summed at a time.
+# (BLOCK_I, BLOCK_J, BLOCK_R, warps, stages): rows and columns of the gradient, and pairs summed at a time. One stage
+# goes to the tokens' indices.
 _WEIGHT_GRADS = (
-    (128, 128, 64, 8, 3),
-    (128, 256, 32, 8, 3),
-    (128, 128, 32, 8, 4),
-    (64, 128, 32, 4, 4),
+    (128, 128, 64, 8, 4),
+    (128, 256, 64, 8, 4),
+    (128, 128, 32, 8, 5),
+    (64, 128, 64, 4, 4),
     (64, 64, 32, 4, 4),
     (32, 32, 32, 4, 3),
 )
 _MOST_CANDIDATES = 4
 
 
+class Limits(NamedTuple):
+    """What one program may use."""
+
+    shared_memory: int
+    """Bytes: 227 KB on an H100, 163 KB on an A100, 99 KB on consumer cards."""
+    accumulators: int
+    """Float32 registers of a thread for sums; beyond these, compiled kernels were seen to spill."""
+
+
+def limits_of(device: torch.device) -> Limits:
+    """Those of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return Limits(properties.shared_memory_per_block_optin, 128 if properties.major >= 9 else 64)
+
+
 def block_rows(num_pairs: int, num_experts: int) -> int:
-    """Rows of a tile: half an expert's mean load or more, 16 to 128, so that little of the last tile is idle."""
+    """Rows of a tile: at least half an expert's mean load, 16 to 128, so that little of the last tile is idle."""
     mean_load = num_pairs // max(num_experts, 1)
     return min(max(triton.next_power_of_2(mean_load // 2 + 1), 16), 128)
 
@@ -63,26 +80,59 @@ def weight_grad_configs() -> list[triton.Config]:
     ]
 
 
-def prune_row_products(columns: str, gated_matrices: bool) -> Callable[..., list[triton.Config]]:
-    """A pruning function for a kernel whose argument `columns` holds N.
+def row_product_candidates(
+    limits: Limits, block_m: int, columns: int, element_size: int, matrices: int = 1, held: int = 1
+) -> list[triton.Config]:
+    """Those that suit a product of this shape.
 
     Args:
-        columns: the argument's name.
-        gated_matrices: whether the kernel, where its activation is gated, multiplies by two matrices at once.
+        limits: of the device.
+        block_m: rows of a tile.
+        columns: N.
+        element_size: bytes of an input's element.
+        matrices: how many matrices the rows are multiplied by at once.
+        held: tiles of M x N float32 that one program works on after the product, for each matrix.
+    """
+
+    def suits(config: triton.Config) -> bool:
+        n, k = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
+        registers = block_m * n * matrices * held / (32 * config.num_warps)
+        staged = (block_m + n * matrices) * k * config.num_stages * element_size
+        return registers <= limits.accumulators and staged <= limits.shared_memory and not _too_wide(n, columns)
+
+    return [config for config in row_product_configs() if suits(config)][:_MOST_CANDIDATES]
+
+
+def weight_grad_candidates(limits: Limits, rows: int, columns: int, element_size: int) -> list[triton.Config]:
+    """Those that suit a gradient of this shape."""
+
+    def suits(config: triton.Config) -> bool:
+        i, j, r = (config.kwargs[name] for name in ("BLOCK_I", "BLOCK_J", "BLOCK_R"))
+        registers = i * j / (32 * config.num_warps)
+        staged = (i + j) * r * config.num_stages * element_size
+        narrow = not _too_wide(i, rows) and not _too_wide(j, columns)
+        return registers <= 128 and staged <= limits.shared_memory and narrow
+
+    return [config for config in weight_grad_configs() if suits(config)][:_MOST_CANDIDATES]
+
+
+def prune_row_products(columns: str, gated: bool, held: int = 1) -> Callable[..., list[triton.Config]]:
+    """A pruning function for a kernel.
+
+    Args:
+        columns: its argument that holds N.
+        gated: whether it multiplies by two matrices where its activation is gated.
+        held: see `row_product_candidates`.
     """
 
     def prune(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
         known = {**arguments, **meta}
-        matrices = 2 if gated_matrices and known["GATED"] else 1
-        fits = []
-        for config in configs:
-            n, k = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
-            # Accumulators: at most 128 float32 registers a thread.
-            enough_registers = known["BLOCK_M"] * n * matrices <= 128 * 32 * config.num_warps
-            staged = (known["BLOCK_M"] + n * matrices) * k * config.num_stages
-            if enough_registers and _fits(staged, known) and not _too_wide(n, known[columns]):
-                fits.append(config)
-        return _few(fits, configs, known)
+        tensor = _first_tensor(known)
+        if not tensor.is_cuda:
+            return configs[-1:]
+        matrices = 2 if gated and known["GATED"] else 1
+        shape = known["BLOCK_M"], known[columns], tensor.element_size()
+        return row_product_candidates(limits_of(tensor.device), *shape, matrices, held) or configs[-1:]
 
     return prune
 
@@ -90,36 +140,18 @@ def prune_row_products(columns: str, gated_matrices: bool) -> Callable[..., list
 def prune_weight_grads(
     configs: list[triton.Config], arguments: dict[str, Any], **meta: Any
 ) -> list[triton.Config]:
-    """The candidates for a gradient of I rows and J columns."""
-    known = {**arguments, **meta}
-    fits = []
-    for config in configs:
-        i, j, r = (config.kwargs[name] for name in ("BLOCK_I", "BLOCK_J", "BLOCK_R"))
-        narrow = not _too_wide(i, known["ROWS"]) and not _too_wide(j, known["COLUMNS"])
-        enough_registers = i * j <= 128 * 32 * config.num_warps
-        if narrow and enough_registers and _fits((i + j) * r * config.num_stages, known):
-            fits.append(config)
-    return _few(fits, configs, known)
-
-
-def _few(fits: list[triton.Config], configs: list[triton.Config], known: dict[str, Any]) -> list[triton.Config]:
-    """The first few; one, the smallest, where nothing can be timed or nothing fits."""
-    return fits[:_MOST_CANDIDATES] if fits and _tensor(known).is_cuda else configs[-1:]
+    """The pruning function of the kernel of weight gradients."""
+    tensor = _first_tensor(arguments)
+    if not tensor.is_cuda:
+        return configs[-1:]
+    shape = arguments["ROWS"], arguments["COLUMNS"], tensor.element_size()
+    return weight_grad_candidates(limits_of(tensor.device), *shape) or configs[-1:]
 
 
 def _too_wide(block: int, size: int) -> bool:
     return block > max(triton.next_power_of_2(size), MIN_BLOCK_N)
 
 
-def _fits(elements: int, known: dict[str, Any]) -> bool:
-    tensor = _tensor(known)
-    if not tensor.is_cuda:
-        return True
-    # 227 KB on an H100, 163 KB on an A100, 99 KB on consumer cards.
-    limit = torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
-    return elements * tensor.element_size() <= limit
-
-
-def _tensor(known: dict[str, Any]) -> Tensor:
+def _first_tensor(arguments: dict[str, Any]) -> Tensor:
     """The tensor whose dtype and device decide: the first factor of the product."""
-    return next(value for value in known.values() if isinstance(value, Tensor))
+    return next(value for value in arguments.values() if isinstance(value, Tensor))

@@ -62,7 +62,7 @@ def hidden_grads(
 @triton.autotune(
     row_product_configs(),
     key=["D", "F", "BLOCK_M", "GATED"],
-    prune_configs_by={"early_config_prune": prune_row_products("F", gated_matrices=False)},
+    prune_configs_by={"early_config_prune": prune_row_products("F", gated=False, held=2)},
     # While timing, candidates with narrow tiles write parts that the chosen one may not overwrite.
     reset_to_zero=["part_ptr"],
 )
@@ -99,10 +99,12 @@ def hidden_grad_kernel(
 ):
     """One tile of rows by `BLOCK_N` hidden units."""
     tile, tile_n = tile_of_program(tiles, tl.cdiv(F, BLOCK_N), GROUP_M)
-    expert, rows, real = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr, BLOCK_M)
+    expert, first, left = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr)
     if expert < 0:
         return
-    token = tl.load(token_ptr + rows, mask=real, other=0)
+    row = tl.arange(0, BLOCK_M)
+    real = row < left
+    token = tl.load(token_ptr + first + row, mask=real, other=0)
     f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_K)
     grad_at = grad_ptr + token[:, None] * stride_gt + d[None, :] * stride_gd
@@ -115,20 +117,42 @@ def hidden_grad_kernel(
         grad = multiply(a, b, grad, UPCAST, PRECISION)
         grad_at += BLOCK_K * stride_gd
         down_at += BLOCK_K * stride_dd
+    # In two halves: the whole tile's operands would not fit the registers.
+    halves = tl.permute(tl.reshape(grad, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+    grad_low, grad_high = tl.split(halves)
+    f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    weight = tl.load(weight_ptr + first + row, mask=real, other=0.0).to(tl.float32)[:, None]
+    H: tl.constexpr = 2 if GATED else 1
+    before_at, grad_before_at, hidden_at = before_ptr + first * F * H, grad_before_ptr + first * F * H, hidden_ptr + first * F
+    part = back_through_activation(
+        grad_low, weight, before_at, grad_before_at, hidden_at, row, f, real, F, ACTIVATION, GATED
+    )
+    part += back_through_activation(
+        grad_high, weight, before_at, grad_before_at, hidden_at, row, f + BLOCK_N // 2, real, F, ACTIVATION, GATED
+    )
+    tl.store(part_ptr + tile_n.to(tl.int64) * P + first + row, part, mask=real)
+
+
+@triton.jit
+def back_through_activation(
+    grad, weight, before_ptr, grad_before_ptr, hidden_ptr, row, f, real, F, ACTIVATION: tl.constexpr, GATED: tl.constexpr
+):
+    """Store weighted hidden units and the gradient before the activation; returns the sum of grad * hidden.
+
+    Offsets within the tile have 32 bits: 64-bit ones take too many registers.
+    """
     stored = real[:, None] & (f < F)[None, :]
     dtype = hidden_ptr.dtype.element_ty
     H: tl.constexpr = 2 if GATED else 1
-    first = rows[:, None] * (F * H) + f[None, :]
-    gate = tl.load(before_ptr + first, mask=stored, other=0.0).to(tl.float32)
+    at_H = row[:, None] * (F * H) + f[None, :]
+    gate = tl.load(before_ptr + at_H, mask=stored, other=0.0).to(tl.float32)
     hidden = activate(gate, ACTIVATION)
-    weighted = grad * tl.load(weight_ptr + rows, mask=real, other=0.0).to(tl.float32)[:, None]
-    slope = weighted * derivative(gate, ACTIVATION)
+    slope = grad * weight * derivative(gate, ACTIVATION)
     if GATED:
-        value = tl.load(before_ptr + first + F, mask=stored, other=0.0).to(tl.float32)
-        tl.store(grad_before_ptr + first + F, (weighted * hidden).to(dtype), mask=stored)
+        value = tl.load(before_ptr + F + at_H, mask=stored, other=0.0).to(tl.float32)
+        tl.store(grad_before_ptr + F + at_H, (grad * weight * hidden).to(dtype), mask=stored)
         slope = slope * value
         hidden = hidden * value
-    tl.store(grad_before_ptr + first, slope.to(dtype), mask=stored)
-    tl.store(part_ptr + tile_n.to(tl.int64) * P + rows, tl.sum(grad * hidden, 1), mask=real)
-    weight = tl.load(weight_ptr + rows, mask=real, other=0.0).to(tl.float32)[:, None]
-    tl.store(hidden_ptr + rows[:, None] * F + f[None, :], (hidden * weight).to(dtype), mask=stored)
+    tl.store(grad_before_ptr + at_H, slope.to(dtype), mask=stored)
+    tl.store(hidden_ptr + row[:, None] * F + f[None, :], (hidden * weight).to(dtype), mask=stored)
+    return tl.sum(grad * hidden, 1)

@@ -40,7 +40,7 @@ def row_products(
 @triton.autotune(
     row_product_configs(),
     key=["K", "N", "BLOCK_M", "stride_mk"],
-    prune_configs_by={"early_config_prune": prune_row_products("N", gated_matrices=False)},
+    prune_configs_by={"early_config_prune": prune_row_products("N", gated=False)},
 )
 @triton.jit
 def row_kernel(
@@ -65,12 +65,14 @@ def row_kernel(
 ):
     """One tile of rows by `BLOCK_N` columns."""
     tile, tile_n = tile_of_program(tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
-    expert, rows, real = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr, BLOCK_M)
+    expert, first, left = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr)
     if expert < 0:
         return
+    row = tl.arange(0, BLOCK_M)
+    real = row < left
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    rows_at = rows_ptr + rows[:, None] * K + k[None, :]
+    rows_at = rows_ptr + first * K + row[:, None] * K + k[None, :]
     matrix_at = matrix_ptr + expert.to(tl.int64) * stride_me + k[:, None] * stride_mk + n[None, :] * stride_mn
     sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for done in range(0, K, BLOCK_K):
@@ -81,4 +83,5 @@ def row_kernel(
         rows_at += BLOCK_K
         matrix_at += BLOCK_K * stride_mk
     out = sum.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows[:, None] * N + n[None, :], out, mask=real[:, None] & (n < N)[None, :])
+    out_at = out_ptr + first * N + row[:, None] * N + n[None, :]
+    tl.store(out_at, out, mask=real[:, None] & (n < N)[None, :])

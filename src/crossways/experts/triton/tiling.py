@@ -19,12 +19,13 @@ def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr, BLOCK_M: tl.constexpr):
-    """(expert, rows, which of them are real); expert -1, and nothing else of use, for a tile with nothing to do."""
+def rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr):
+    """(expert, first pair, number of pairs from there to the expert's last); expert -1, and nothing else of use, for a
+    tile with nothing to do."""
     expert = tl.load(tile_expert_ptr + tile)
-    rows = tl.load(tile_row_ptr + tile).to(tl.int64) + tl.arange(0, BLOCK_M)
+    first = tl.load(tile_row_ptr + tile).to(tl.int64)
     end = tl.load(offsets_ptr + tl.maximum(expert, 0) + 1)
-    return expert, rows, rows < end
+    return expert, first, (end - first).to(tl.int32)
 
 
 @triton.jit

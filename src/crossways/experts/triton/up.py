@@ -47,7 +47,7 @@ def up_products(
 @triton.autotune(
     row_product_configs(),
     key=["D", "F", "BLOCK_M", "GATED"],
-    prune_configs_by={"early_config_prune": prune_row_products("F", gated_matrices=True)},
+    prune_configs_by={"early_config_prune": prune_row_products("F", gated=True)},
 )
 @triton.jit
 def up_kernel(
@@ -80,10 +80,12 @@ def up_kernel(
 ):
     """One tile of rows by `BLOCK_N` hidden units; gated activations keep two accumulators."""
     tile, tile_n = tile_of_program(tiles, tl.cdiv(F, BLOCK_N), GROUP_M)
-    expert, rows, real = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr, BLOCK_M)
+    expert, first, left = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr)
     if expert < 0:
         return
-    token = tl.load(token_ptr + rows, mask=real, other=0)
+    row = tl.arange(0, BLOCK_M)
+    real = row < left
+    token = tl.load(token_ptr + first + row, mask=real, other=0)
     f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_K)
     x_at = x_ptr + token[:, None] * stride_xt + d[None, :] * stride_xd
@@ -105,11 +107,13 @@ def up_kernel(
     hidden = activate(gate, ACTIVATION)
     if SAVE:
         H: tl.constexpr = 2 if GATED else 1
-        before_at = before_ptr + rows[:, None] * (F * H) + f[None, :]
+        # A scalar base and 32-bit offsets within the tile: 64-bit ones take too many registers.
+        before_at = before_ptr + first * F * H + row[:, None] * (F * H) + f[None, :]
         tl.store(before_at, gate.to(dtype), mask=stored)
         if GATED:
             tl.store(before_at + F, value.to(dtype), mask=stored)
     if GATED:
         hidden = hidden * value
-    weight = tl.load(weight_ptr + rows, mask=real, other=0.0).to(tl.float32)
-    tl.store(hidden_ptr + rows[:, None] * F + f[None, :], (hidden * weight[:, None]).to(dtype), mask=stored)
+    weight = tl.load(weight_ptr + first + row, mask=real, other=0.0).to(tl.float32)
+    hidden_at = hidden_ptr + first * F + row[:, None] * F + f[None, :]
+    tl.store(hidden_at, (hidden * weight[:, None]).to(dtype), mask=stored)
