@@ -3,6 +3,10 @@
 Rows are tokens, columns are experts, entries are weights. It is the only thing that crosses from routing to expert
 compute, losses, traces and reports: nothing downstream re-derives a selection from logits.
 
+Off the CPU, and in a graph that `torch.compile` traces, how many pairs were chosen is not known until the device has
+finished, and waiting for it would stall every step. Where a bound is known beforehand, the pair tensors get that length,
+and what is beyond the chosen pairs is slack, which every method here knows how to leave out.
+
 Legend: T tokens, E experts, K experts per token, P chosen pairs. `offsets_E1` has E + 1 entries.
 """
 
@@ -32,6 +36,9 @@ class Assignment:
     """First pair of each expert, and P at the end, int64 (E + 1,)."""
     num_tokens: int
     """T, including tokens that chose nobody."""
+    slack: bool = False
+    """Whether the pair tensors may be longer than `offsets_E1[-1]`. Entries from there on belong to no expert and
+    weigh zero; their token and expert are valid indices without a meaning."""
 
     @classmethod
     def from_pairs(
@@ -66,8 +73,17 @@ class Assignment:
         return cls.from_pairs(token_P, index_TK.reshape(-1), weight_TK.reshape(-1), num_tokens, num_experts)
 
     @classmethod
-    def from_mask(cls, mask_TE: Tensor, weight_TE: Tensor) -> Assignment:
-        """From a boolean (T, E) mask of chosen pairs and a (T, E) matrix that holds their weights."""
+    def from_mask(cls, mask_TE: Tensor, weight_TE: Tensor, most: int | None = None) -> Assignment:
+        """From a boolean (T, E) mask of chosen pairs and a (T, E) matrix that holds their weights.
+
+        Args:
+            mask_TE: which pairs.
+            weight_TE: their weights.
+            most: the most pairs that may be chosen, where that is known beforehand; without it, counting them waits
+                for the device.
+        """
+        if most is not None and _counting_waits(mask_TE):
+            return cls.from_bounded_mask(mask_TE, weight_TE, most)
         expert_P, token_P = mask_TE.t().nonzero(as_tuple=True)
         return cls(
             token_P=token_P,
@@ -77,6 +93,23 @@ class Assignment:
             num_tokens=mask_TE.shape[0],
         )
 
+    @classmethod
+    def from_bounded_mask(cls, mask_TE: Tensor, weight_TE: Tensor, most: int) -> Assignment:
+        """As `from_mask`, in pair tensors of length `most` (at most T E), with slack. Pairs beyond `most` are lost."""
+        most = min(most, mask_TE.numel())
+        cell_P = torch.nonzero_static(mask_TE.t().reshape(-1), size=most, fill_value=-1)[:, 0]
+        # Slack is spread over all cells: gradients that meet in one cell, if only zeros, wait for each other.
+        cell_P = torch.where(cell_P < 0, torch.arange(most, device=cell_P.device), cell_P)
+        bounded = cls(
+            token_P=cell_P % max(mask_TE.shape[0], 1),
+            expert_P=cell_P // max(mask_TE.shape[0], 1),
+            weight_P=weight_TE.t().reshape(-1).gather(0, cell_P),
+            offsets_E1=torch.nn.functional.pad(mask_TE.sum(0).cumsum(0), (1, 0)),
+            num_tokens=mask_TE.shape[0],
+            slack=True,
+        )
+        return bounded.with_weights(bounded.weight_P)
+
     @property
     def num_experts(self) -> int:
         """E."""
@@ -84,8 +117,26 @@ class Assignment:
 
     @property
     def num_pairs(self) -> int:
-        """P, the number of expert evaluations this assignment costs."""
+        """P, the length of the pair tensors: the number of expert evaluations this assignment costs, or where there
+        is slack, a bound on it that the host knows."""
         return self.token_P.numel()
+
+    def chosen_P(self) -> Tensor:
+        """Boolean (P,), false for slack."""
+        return torch.arange(self.num_pairs, device=self.token_P.device) < self.offsets_E1[-1]
+
+    def compact(self) -> Assignment:
+        """The same without slack. Waits for the device if there may be any."""
+        if not self.slack:
+            return self
+        pairs = slice(int(self.offsets_E1[-1]))
+        return replace(
+            self,
+            token_P=self.token_P[pairs],
+            expert_P=self.expert_P[pairs],
+            weight_P=self.weight_P[pairs],
+            slack=False,
+        )
 
     def load_E(self) -> Tensor:
         """Number of pairs of each expert, int64 (E,)."""
@@ -93,7 +144,7 @@ class Assignment:
 
     def experts_per_token_T(self) -> Tensor:
         """Number of experts of each token, int64 (T,)."""
-        ones_P = torch.ones_like(self.token_P)
+        ones_P = self.chosen_P().long()
         return ones_P.new_zeros(self.num_tokens).index_add_(0, self.token_P, ones_P)
 
     def weight_sum_T(self) -> Tensor:
@@ -102,14 +153,19 @@ class Assignment:
 
     def with_weights(self, weight_P: Tensor) -> Assignment:
         """The same pairs with other weights (P,)."""
-        return replace(self, weight_P=weight_P)
+        return replace(self, weight_P=weight_P.where(self.chosen_P(), 0.0) if self.slack else weight_P)
 
     def renormalized(self) -> Assignment:
         """The same pairs with each token's weights scaled to sum to one."""
-        return self.with_weights(self.weight_P / self.weight_sum_T()[self.token_P])
+        sum_P = self.weight_sum_T()[self.token_P]
+        if self.slack:
+            sum_P = sum_P.where(self.chosen_P(), 1.0)  # 0 / 0 would reach the gradients
+        return self.with_weights(self.weight_P / sum_P)
 
     def of_experts(self, first: int, end: int) -> Assignment:
         """The pairs of experts `first` to `end - 1` alone, with these numbered from 0."""
+        if _counting_waits(self.token_P):
+            return self._of_experts_with_slack(first, end)
         begin_P, end_P = self.offsets_E1[[first, end]].tolist()
         return Assignment(
             token_P=self.token_P[begin_P:end_P],
@@ -119,23 +175,43 @@ class Assignment:
             num_tokens=self.num_tokens,
         )
 
+    def _of_experts_with_slack(self, first: int, end: int) -> Assignment:
+        begin = self.offsets_E1[first]
+        order_P = (torch.arange(self.num_pairs, device=begin.device) + begin) % max(self.num_pairs, 1)
+        part = replace(
+            self,
+            token_P=self.token_P[order_P],
+            expert_P=(self.expert_P[order_P] - first).clamp(0, end - first - 1),
+            weight_P=self.weight_P[order_P],
+            offsets_E1=self.offsets_E1[first : end + 1] - begin,
+            slack=True,
+        )
+        return part.with_weights(part.weight_P)
+
     def to_mask(self) -> Tensor:
         """Boolean (T, E), true at the chosen pairs."""
-        mask_TE = torch.zeros(self.num_tokens, self.num_experts, dtype=torch.bool, device=self.token_P.device)
-        mask_TE[self.token_P, self.expert_P] = True
-        return mask_TE
+        return self._spread(torch.ones_like(self.token_P, dtype=torch.bool), False)
 
     def to_dense(self) -> Tensor:
         """The matrix itself: weights at the chosen pairs, zero elsewhere, (T, E)."""
-        weights_TE = self.weight_P.new_zeros(self.num_tokens, self.num_experts)
-        return weights_TE.index_put((self.token_P, self.expert_P), self.weight_P)
+        return self._spread(self.weight_P, 0.0)
+
+    def _spread(self, value_P: Tensor, elsewhere: float) -> Tensor:
+        """The pairs' values in their cells, (T, E); slack goes to a column that is cut off."""
+        column_P = self.expert_P.where(self.chosen_P(), self.num_experts) if self.slack else self.expert_P
+        cells = value_P.new_full((self.num_tokens, self.num_experts + self.slack), elsewhere)
+        return cells.index_put((self.token_P, column_P), value_P)[:, : self.num_experts]
 
     def top_expert_T(self) -> Tensor:
         """Each token's expert of greatest weight, int64 (T,); -1 for a token that chose nobody.
 
         This is the token's entry in its expert path (PathMoE, introduction: the top-1 expert of each layer).
         """
-        executed_TE = self.weight_P.new_full((self.num_tokens, self.num_experts), -torch.inf)
-        executed_TE[self.token_P, self.expert_P] = self.weight_P.detach()
+        executed_TE = self._spread(self.weight_P.detach(), -torch.inf)
         best_T, top_T = executed_TE.max(-1)
         return torch.where(best_T > -torch.inf, top_T, -1)
+
+
+def _counting_waits(tensor: Tensor) -> bool:
+    """Whether a number that depends on the tensor's content costs a wait for its device, or breaks a graph."""
+    return tensor.device.type != "cpu" or torch.compiler.is_compiling()

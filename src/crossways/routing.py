@@ -69,8 +69,8 @@ class Routing:
     def density(self) -> Tensor:
         """Executed pairs over all pairs of valid tokens, scalar float32 in [0, 1]; NaN for padding alone."""
         tokens, num_experts = self.scores_TE.shape
-        valid = self.valid_T.sum() if self.valid_T is not None else torch.tensor(tokens)
-        return self.assignment.num_pairs / (valid.to(self.scores_TE.device, torch.float32) * num_experts)
+        executed = self.assignment.offsets_E1[-1].float()
+        return executed / ((tokens if self.valid_T is None else self.valid_T.sum()) * num_experts)
 
 
 @dataclass(frozen=True)

@@ -408,6 +408,6 @@ def test_top_of_groups_takes_exactly_the_budget(groups, members, budget, masked)
     choice_GN = torch.rand(groups, members).round(decimals=1)
     allowed_GN = torch.rand(groups, members) < 0.6 if masked else None
     budget_G = torch.full((groups,), budget)
-    mask_GN = top_of_groups(choice_GN, allowed_GN, budget_G)
+    mask_GN = top_of_groups(choice_GN, allowed_GN, budget_G, most=budget)
     room_G = torch.full((groups,), members) if allowed_GN is None else allowed_GN.sum(-1)
     assert torch.equal(mask_GN.sum(-1), torch.minimum(budget_G, room_G))

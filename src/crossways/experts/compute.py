@@ -22,6 +22,8 @@ from crossways.experts.peers import PREFIX, peer_names, run_peer, why_not_peer
 from crossways.experts.triton import triton_experts, why_not_triton
 
 _OURS = {"naive": naive, "loop": loop, "grouped_mm": grouped, "triton": triton_experts}
+_TAKE_SLACK = ("triton", "grouped_mm")
+"""Who can work without knowing the number of pairs on the host."""
 
 
 def backends() -> list[str]:
@@ -124,6 +126,8 @@ def compute_experts(
             f"inputs are {dtype} but expert weights {up_EHD.dtype} and {down_EDF.dtype}; convert one, or use autocast"
         )
     name = resolve_backend(backend, x_TD.device, dtype)
+    if name not in _TAKE_SLACK:
+        assignment = assignment.compact()
     function = _OURS.get(name) or partial(run_peer, name)
     return function(x_TD, assignment, up_EHD, down_EDF, activation)
 

@@ -27,11 +27,16 @@ def grouped(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tens
         # grouped_mm refuses zero rows; there is nothing to be fast about.
         return naive(x_TD, assignment, up_EHD, down_EDF, activation)
     stop_E = assignment.offsets_E1[1:].to(torch.int32)
-    x_PD = x_TD.index_select(0, assignment.token_P)
+    x_PD = _without_slack(x_TD.index_select(0, assignment.token_P), assignment)
     up_PH = functional.grouped_mm(x_PD, up_EHD.transpose(1, 2), offs=stop_E)
     hidden_PF = activation(up_PH) * assignment.weight_P.to(x_TD.dtype)[:, None]
     y_PD = functional.grouped_mm(hidden_PF, down_EDF.transpose(1, 2), offs=stop_E)
-    return sum_pairs(y_PD, assignment, x_TD)
+    return sum_pairs(_without_slack(y_PD, assignment), assignment, x_TD)
+
+
+def _without_slack(rows_PD: Tensor, assignment: Assignment) -> Tensor:
+    """Zero rows for slack, forward and backward: grouped_mm leaves these as they were allocated."""
+    return rows_PD.where(assignment.chosen_P()[:, None], 0.0) if assignment.slack else rows_PD
 
 
 def sum_pairs(y_PD: Tensor, assignment: Assignment, x_TD: Tensor) -> Tensor:

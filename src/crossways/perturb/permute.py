@@ -82,6 +82,7 @@ def random_permutation(num_experts: int, generator: torch.Generator) -> Tensor:
 
 def relabelled(assignment: Assignment, permutation_E: Tensor) -> Assignment:
     """The same tokens and weights at other experts: expert e's pairs become those of permutation_E[e]."""
+    assignment = assignment.compact()
     return Assignment.from_pairs(
         assignment.token_P,
         permutation_E.to(assignment.expert_P.device)[assignment.expert_P],

@@ -30,14 +30,14 @@ _ROW_PRODUCTS = (
     (64, 32, 8, 4),
     (32, 32, 4, 3),
 )
-# (BLOCK_I, BLOCK_J, BLOCK_R, warps, stages): rows and columns of the gradient, and pairs summed at a time. One stage
-# goes to the tokens' indices.
+# (BLOCK_I, BLOCK_J, BLOCK_R, warps, stages): rows and columns of the gradient, and pairs summed at a time. The rows'
+# addresses are loaded too, so that Triton keeps a buffer for every other stage only.
 _WEIGHT_GRADS = (
-    (128, 128, 64, 8, 4),
-    (128, 256, 64, 8, 4),
-    (128, 128, 32, 8, 5),
-    (64, 128, 64, 4, 4),
-    (64, 64, 32, 4, 4),
+    (128, 128, 64, 8, 5),
+    (128, 256, 64, 8, 5),
+    (128, 128, 32, 8, 7),
+    (64, 128, 64, 4, 5),
+    (64, 64, 32, 4, 5),
     (32, 32, 32, 4, 3),
 )
 _MOST_CANDIDATES = 4
@@ -109,7 +109,7 @@ def weight_grad_candidates(limits: Limits, rows: int, columns: int, element_size
     def suits(config: triton.Config) -> bool:
         i, j, r = (config.kwargs[name] for name in ("BLOCK_I", "BLOCK_J", "BLOCK_R"))
         registers = i * j / (32 * config.num_warps)
-        staged = (i + j) * r * config.num_stages * element_size
+        staged = (i + j) * r * (config.num_stages // 2 + 1) * element_size
         narrow = not _too_wide(i, rows) and not _too_wide(j, columns)
         return registers <= 128 and staged <= limits.shared_memory and narrow
 

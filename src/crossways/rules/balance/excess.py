@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from crossways.assignment import Assignment
-from crossways.rules.balance.tokens import valid_rows
+from crossways.rules.balance.tokens import num_valid
 
 
 def excess_load_loss(logits_TE: Tensor, assignment: Assignment, valid_T: Tensor | None = None) -> Tensor:
@@ -31,5 +31,7 @@ def excess_load_loss(logits_TE: Tensor, assignment: Assignment, valid_T: Tensor 
     load_E = assignment.load_E().float()
     excess_E = load_E / load_E.mean().clamp(min=1 / assignment.num_experts) - 1
     affinity_P = logits_TE.float()[assignment.token_P, assignment.expert_P].sigmoid()
-    tokens = valid_rows(logits_TE, valid_T).shape[0]
-    return (excess_E[assignment.expert_P] * affinity_P).sum() / max(tokens, 1)
+    moved_P = excess_E[assignment.expert_P] * affinity_P
+    if assignment.slack:
+        moved_P = moved_P.where(assignment.chosen_P(), 0.0)
+    return moved_P.sum() / num_valid(logits_TE, valid_T)

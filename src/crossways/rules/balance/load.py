@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crossways.assignment import Assignment
-from crossways.rules.balance.tokens import mean_over_tokens, valid_rows
+from crossways.rules.balance.tokens import mean_over_tokens
 
 
 def load_balance_loss(
@@ -41,7 +41,8 @@ def load_balance_loss(
     """
     probs_TE = (logits_TE.float() / temperature).softmax(-1)
     load_E = assignment.load_E()
-    return balance_product(load_E if share_E is None else load_E * share_E, assignment.num_pairs, probs_TE, valid_T)
+    pairs = assignment.offsets_E1[-1]
+    return balance_product(load_E if share_E is None else load_E * share_E, pairs, probs_TE, valid_T)
 
 
 def balance_product(load_E: Tensor, pairs: Tensor | int, probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
@@ -54,8 +55,8 @@ def balance_product(load_E: Tensor, pairs: Tensor | int, probs_TE: Tensor, valid
         probs_TE: float32 (T, E), each row summing to one.
         valid_T: boolean (T,), false for padding, or None.
     """
-    pairs = torch.as_tensor(pairs, device=load_E.device).clamp(min=1)
-    return load_E.shape[0] * torch.dot(load_E.float() / pairs, mean_over_tokens(valid_rows(probs_TE, valid_T)))
+    pairs = pairs.clamp(min=1) if isinstance(pairs, Tensor) else max(pairs, 1)
+    return load_E.shape[0] * torch.dot(load_E.float() / pairs, mean_over_tokens(probs_TE, valid_T))
 
 
 def normalised(scores_TE: Tensor) -> Tensor:

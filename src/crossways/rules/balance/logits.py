@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crossways.assignment import Assignment
-from crossways.rules.balance.tokens import mean_over_tokens, valid_rows
+from crossways.rules.balance.tokens import mean_over_tokens, num_valid, without_padding
 
 
 def router_z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
@@ -18,7 +18,8 @@ def router_z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
     Returns:
         Float32 scalar; zero when there is nothing but padding.
     """
-    return mean_over_tokens(valid_rows(logits_TE, valid_T).float().logsumexp(-1).square())
+    squares_T = without_padding(logits_TE, valid_T).float().logsumexp(-1).square()
+    return mean_over_tokens(squares_T, valid_T)
 
 
 def entropy_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
@@ -30,7 +31,8 @@ def entropy_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
     Returns:
         Float32 scalar; zero when there is nothing but padding.
     """
-    return _negative_entropy(mean_over_tokens(valid_rows(logits_TE, valid_T).float().softmax(-1)))
+    probs_TE = without_padding(logits_TE, valid_T).float().softmax(-1)
+    return _negative_entropy(mean_over_tokens(probs_TE, valid_T))
 
 
 def sequence_entropy_loss(logits_TE: Tensor, num_rows: int, valid_T: Tensor | None = None) -> Tensor:
@@ -57,8 +59,9 @@ def mutual_information_loss(logits_TE: Tensor, valid_T: Tensor | None = None) ->
     Returns:
         Float32 scalar; zero when there is nothing but padding.
     """
-    probs_TE = valid_rows(logits_TE, valid_T).float().softmax(-1)
-    return _negative_entropy(mean_over_tokens(probs_TE)) - mean_over_tokens(_negative_entropy(probs_TE))
+    probs_TE = without_padding(logits_TE, valid_T).float().softmax(-1)
+    certain_T = _negative_entropy(probs_TE)
+    return _negative_entropy(mean_over_tokens(probs_TE, valid_T)) - mean_over_tokens(certain_T, valid_T)
 
 
 def _negative_entropy(probs_XE: Tensor) -> Tensor:
@@ -82,7 +85,6 @@ def sparsity_loss(scores_TE: Tensor, assignment: Assignment, budget: float, vali
     Returns:
         Float32 scalar; zero when there is nothing but padding.
     """
-    valid_TE = valid_rows(scores_TE, valid_T)
-    tokens, num_experts = max(valid_TE.shape[0], 1), scores_TE.shape[-1]
+    tokens, num_experts = num_valid(scores_TE, valid_T), scores_TE.shape[-1]
     load_E = assignment.load_E().float() * num_experts / (budget * tokens)
-    return torch.dot(load_E, mean_over_tokens(valid_TE.float()))
+    return torch.dot(load_E, mean_over_tokens(scores_TE.float(), valid_T))

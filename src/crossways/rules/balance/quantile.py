@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from crossways.routing import Routing
-from crossways.rules.select.base import whole
 
 
 def balancing_price(routing: Routing, bias_E: Tensor) -> Tensor:
@@ -32,9 +31,12 @@ def balancing_price(routing: Routing, bias_E: Tensor) -> Tensor:
     mask_TE, choice_TE = routing.assignment.to_mask(), routing.choice_TE.float()
     offer_T1 = choice_TE.masked_fill(mask_TE, -torch.inf).amax(-1, keepdim=True)
     counts_T = mask_TE.any(-1) & offer_T1[:, 0].isfinite()
-    margin_TE = (choice_TE - bias_E - offer_T1)[counts_T]
-    if not margin_TE.shape[0]:
+    if not len(counts_T):
         return -bias_E
-    level = whole(int(mask_TE[counts_T].sum()) / mask_TE.shape[1])
-    rank = min(level + 1, margin_TE.shape[0])
-    return margin_TE.topk(rank, dim=0).values[-1]
+    # All are sorted, since the rank is known to the device alone.
+    margin_TE = (choice_TE - bias_E - offer_T1).masked_fill(~counts_T[:, None], -torch.inf)
+    pairs = (mask_TE & counts_T[:, None]).sum()
+    level = (pairs.double() / mask_TE.shape[1] + 0.5).floor().long()
+    rank = (level + 1).minimum(counts_T.sum()).clamp(min=1)
+    price_E = margin_TE.sort(0, descending=True).values.index_select(0, (rank - 1)[None])[0]
+    return torch.where(counts_T.any(), price_E, -bias_E)

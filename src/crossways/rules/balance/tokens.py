@@ -1,4 +1,4 @@
-"""What every balancing loss needs: rows of valid tokens, and their mean.
+"""What every balancing loss needs: the mean over valid tokens.
 
 Legend: T tokens, E experts, X any trailing size.
 """
@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 
-def valid_rows(x_TX: Tensor, valid_T: Tensor | None) -> Tensor:
-    """The rows of valid tokens; all of them when `valid_T` is None."""
-    return x_TX if valid_T is None else x_TX[valid_T]
+def without_padding(x_TX: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Zero for padding, and no gradient. Not left out: counting what remains would wait for the device."""
+    return x_TX if valid_T is None else x_TX.where(valid_T.view(-1, *(1,) * (x_TX.dim() - 1)), 0.0)
 
 
-def mean_over_tokens(x_TX: Tensor) -> Tensor:
-    """Mean over the first dimension; zero, not NaN, when it is empty."""
-    return x_TX.sum(0) / max(x_TX.shape[0], 1)
+def num_valid(x_TX: Tensor, valid_T: Tensor | None) -> Tensor | int:
+    """Tokens that are not padding, at least 1."""
+    return max(x_TX.shape[0], 1) if valid_T is None else valid_T.sum().clamp(min=1)
+
+
+def mean_over_tokens(x_TX: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Mean over the valid tokens; zero, not NaN, when there are none."""
+    return without_padding(x_TX, valid_T).sum(0) / num_valid(x_TX, valid_T)
 
 
 def squared_variation(x_E: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crossways.assignment import Assignment
-from crossways.rules.balance.tokens import squared_variation, valid_rows
+from crossways.rules.balance.tokens import squared_variation, without_padding
 
 
 def importance_loss(assignment: Assignment) -> Tensor:
@@ -54,4 +54,4 @@ def load_loss(
     known_TE = rival_TE.isfinite()
     margin_TE = (clean_TE - torch.where(known_TE, rival_TE, clean_TE.detach())) / scale_TE
     probs_TE = torch.where(known_TE, torch.special.ndtr(margin_TE), chosen_TE.to(margin_TE.dtype))
-    return squared_variation(valid_rows(probs_TE.float(), valid_T).sum(0))
+    return squared_variation(without_padding(probs_TE.float(), valid_T).sum(0))

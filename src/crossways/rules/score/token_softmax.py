@@ -64,7 +64,7 @@ class TokenSoftmax(Score):
 
     def normaliser(self, logits_BSE: Tensor, valid_BS: Tensor | None = None) -> Tensor:
         mean_E = log_mean_exp(logits_BSE.detach(), valid_BS, groups=1)[0]
-        return mean_E if valid_BS is None or bool(valid_BS.any()) else torch.full_like(mean_E, torch.nan)
+        return mean_E if valid_BS is None else torch.where(valid_BS.any(), mean_E, torch.nan)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -128,35 +128,39 @@ def whole(budget: float) -> int:
     return math.floor(budget + 0.5)
 
 
-def budgets(tokens_G: Tensor, k: float, experts: int = 1) -> Tensor:
+Count = TypeVar("Count", Tensor, int)
+
+
+def budgets(tokens_G: Count, k: float, experts: int = 1) -> Count:
     """Pairs that groups of `tokens_G` tokens may spend at k a token, shared by `experts` experts, rounded half up.
 
     In integers: float32, and a k such as 0.1 in any binary float, would be off by one in large groups.
 
     Args:
-        tokens_G: int64 (G,), valid tokens of each group.
+        tokens_G: int64 (G,), valid tokens of each group; or an int, for one group whose size is known.
         k: mean experts per token; taken as a fraction with a denominator of at most a million.
         experts: among how many equal shares the budget is divided.
 
     Returns:
-        int64 (G,).
+        int64 (G,), or an int.
     """
     rate = Fraction(k).limit_denominator(10**6) / experts
     return (2 * rate.numerator * tokens_G + rate.denominator) // (2 * rate.denominator)
 
 
-def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor) -> Tensor:
+def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor, most: int) -> Tensor:
     """Mark the `budget_G[g]` greatest allowed entries of each row.
 
     Args:
         choice_GN: floating point (G, N).
         allowed_GN: boolean (G, N) or None.
         budget_G: int64 (G,), how many to take; more than are allowed takes all allowed.
+        most: the greatest budget there may be; given, because reading it would wait for the device.
 
     Returns:
         Boolean (G, N). Ties are broken arbitrarily, but the number taken is exact.
     """
-    most = min(int(budget_G.max()), choice_GN.shape[1]) if budget_G.numel() else 0
+    most = min(most, choice_GN.shape[1])
     if allowed_GN is not None:
         choice_GN = choice_GN.masked_fill(~allowed_GN, -torch.inf)
     index_GM = choice_GN.topk(most, dim=-1).indices

@@ -17,6 +17,7 @@ from torch.nn import functional
 from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.rules.select.base import (
+    Count,
     Selection,
     check_budget,
     check_number,
@@ -137,19 +138,21 @@ class Capacity(Selection):
         rank_BSE = weight_TE.detach().view_as(choice_BSE) if self.order == "weight" else choice_BSE
         served_GNKE = self._served(asked_GNKE, rank_BSE, self.capacity(tokens_G, num_experts))
         broken_TE = asked_TKE.any(1) & choice_BSE.flatten(0, 1).isnan()  # must show, so is not dropped
-        return Assignment.from_mask(served_GNKE.any(2).reshape(-1, num_experts) | broken_TE, weight_TE)
+        mask_TE = served_GNKE.any(2).reshape(-1, num_experts) | broken_TE
+        return Assignment.from_mask(mask_TE, weight_TE, most=len(mask_TE) * self.k)
 
     def capacity(self, tokens_G: Tensor, num_experts: int) -> Tensor:
         """Places at each of E experts, int64 (G, E), in groups of so many tokens, int64 (G,). In integers."""
         if self.factor is None:
             return tokens_G[:, None].expand(-1, num_experts)
+        return torch.stack([_ceil(share, tokens_G) for share in self._shares(num_experts)], -1)
+
+    def _shares(self, num_experts: int) -> list[Fraction]:
+        """Places of each expert for one token."""
         tau, feed_forward = Fraction(self.tau).limit_denominator(10**6), num_experts - self.zero_computation
-        rate = Fraction(self.factor).limit_denominator(10**6) * self.k / (tau * feed_forward + self.zero_computation)
-        places = [
-            -(-share.numerator * tokens_G // share.denominator)
-            for share in [rate * tau] * feed_forward + [rate] * self.zero_computation
-        ]
-        return torch.stack(places, -1)
+        rate = Fraction(self.factor or 0).limit_denominator(10**6) * self.k
+        rate /= tau * feed_forward + self.zero_computation
+        return [rate * tau] * feed_forward + [rate] * self.zero_computation
 
     def _asked(self, choice_TE: Tensor, scores_TE: Tensor, allowed_BSE: Tensor | None) -> tuple[Tensor, Tensor]:
         """Boolean (T, K, E): each token's first, second, ... choice; and the weights (T, E)."""
@@ -180,8 +183,14 @@ class Capacity(Selection):
             return served_GQE.view(groups, k, tokens, num_experts).transpose(1, 2)
         by_expert_GEN = rank_BSE.reshape(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
         asked_GEN = asked_GNKE.any(2).transpose(1, 2).flatten(0, 1)
-        best_GEN = top_of_groups(by_expert_GEN, asked_GEN, capacity_GE.flatten())
+        most = tokens if self.factor is None else max(_ceil(share, tokens) for share in self._shares(num_experts))
+        best_GEN = top_of_groups(by_expert_GEN, asked_GEN, capacity_GE.flatten(), most)
         return asked_GNKE & best_GEN.view(groups, num_experts, tokens).transpose(1, 2)[:, :, None]
+
+
+def _ceil(share: Fraction, tokens: Count) -> Count:
+    """share * tokens, rounded up."""
+    return -(-share.numerator * tokens // share.denominator)
 
 
 class _Sampled(Capacity):

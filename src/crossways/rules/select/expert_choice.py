@@ -57,13 +57,16 @@ class ExpertChoice(Selection):
 
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
         capacity_G = budgets(tokens_G, self.k, num_experts)
+        most = budgets(choice_BSE[..., 0].numel() // max(groups, 1), self.k, num_experts)
         mask_GN = top_of_groups(
             by_expert(choice_BSE),
             None if allowed_BSE is None else by_expert(allowed_BSE),
             capacity_G.repeat_interleave(num_experts),
+            most,
         )
         mask_TE = mask_GN.reshape(groups, num_experts, -1).transpose(1, 2).reshape(-1, num_experts)
-        return Assignment.from_mask(mask_TE, scores_BSE.reshape(-1, num_experts))
+        bound = groups * num_experts * most
+        return Assignment.from_mask(mask_TE, scores_BSE.reshape(-1, num_experts), most=bound)
 
     def decode_twin(self) -> Threshold:
         return Threshold(k=self.k, per_expert=True)

@@ -77,11 +77,17 @@ def pooled_cutoff(twin: Threshold, choice_BSE: Tensor, allowed_BSE: Tensor | Non
         Float32 (1,), or (E,) for a per-expert twin; NaN for a batch of padding alone. No gradient.
     """
     with torch.no_grad():
-        choice_TE = choice_BSE[valid_tokens(allowed_BSE, choice_BSE)]
-        num_tokens, num_experts = choice_TE.shape
-        if num_tokens == 0:
-            return choice_BSE.new_full((num_experts if twin.per_expert else 1,), torch.nan)
-        pools_CN = choice_TE.t() if twin.per_expert else choice_TE.reshape(1, -1)
-        budget = twin.k * num_tokens / (num_experts if twin.per_expert else 1)
-        rank = min(max(whole(budget), 1), pools_CN.shape[1])
-        return pools_CN.topk(rank, dim=-1).values[:, -1].float()
+        num_experts = choice_BSE.shape[-1]
+        shares = num_experts if twin.per_expert else 1
+        valid_T = valid_tokens(allowed_BSE, choice_BSE).flatten()
+        pools_TE = choice_BSE.reshape(-1, num_experts).masked_fill(~valid_T[:, None], -torch.inf)
+        pools_CN = pools_TE.t() if twin.per_expert else pools_TE.reshape(1, -1)
+        # The rank is known to the device alone; the host knows the one that all tokens, if valid, would have.
+        most = min(max(whole(twin.k * len(valid_T) / shares), 1), pools_CN.shape[1])
+        if most == 0:
+            return choice_BSE.new_full((shares,), torch.nan)
+        num_valid = valid_T.sum()
+        rank = (num_valid.double() * twin.k / shares + 0.5).floor().clamp(min=1).long().clamp(max=most)
+        best_CN = pools_CN.topk(most, dim=-1).values
+        cutoff_C = best_CN.index_select(1, (rank - 1)[None])[:, 0].float()
+        return torch.where(num_valid > 0, cutoff_C, torch.nan)

@@ -57,13 +57,13 @@ class TopC(Selection):
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         batch, sequence, num_experts = choice_BSE.shape
         tokens_G = self._grouped(valid_tokens(allowed_BSE, choice_BSE)[..., None]).sum(-1)
+        choice_GN = self._grouped(choice_BSE)
+        groups, most = len(choice_GN), budgets(choice_GN.shape[1] // num_experts, self.k)
         mask_GN = top_of_groups(
-            self._grouped(choice_BSE),
-            None if allowed_BSE is None else self._grouped(allowed_BSE),
-            budgets(tokens_G, self.k),
+            choice_GN, None if allowed_BSE is None else self._grouped(allowed_BSE), budgets(tokens_G, self.k), most
         )
-        mask_BSE = self._ungrouped(mask_GN, batch, sequence)
-        return Assignment.from_mask(mask_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts))
+        mask_TE = self._ungrouped(mask_GN, batch, sequence).reshape(-1, num_experts)
+        return Assignment.from_mask(mask_TE, scores_BSE.reshape(-1, num_experts), most=groups * most)
 
     def _grouped(self, x_BSE: Tensor) -> Tensor:
         """(B, S, *) to (G, N), one group a row."""

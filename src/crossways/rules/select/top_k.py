@@ -44,5 +44,7 @@ class TopK(Selection):
             return Assignment.from_topk(index_TK, scores_TE.gather(-1, index_TK), num_experts)
         allowed_TE = allowed_BSE.reshape(-1, num_experts)
         index_TK = choice_TE.masked_fill(~allowed_TE, -torch.inf).topk(self.k, dim=-1).indices
-        mask_TE = torch.zeros_like(allowed_TE).scatter(-1, index_TK, True) & allowed_TE
-        return Assignment.from_mask(mask_TE, scores_TE)
+        # What is not allowed goes to one more expert, whose pairs are then left out.
+        expert_TK = torch.where(allowed_TE.gather(-1, index_TK), index_TK, num_experts)
+        everything = Assignment.from_topk(expert_TK, scores_TE.gather(-1, index_TK), num_experts + 1)
+        return everything.of_experts(0, num_experts)

@@ -65,4 +65,5 @@ class TopP(Selection):
         mask_TE = torch.zeros_like(choice_TE, dtype=torch.bool).scatter(-1, index_TK, taken_TK)
         if allowed_BSE is not None:
             mask_TE = mask_TE & allowed_BSE.flatten(0, 1)
-        return Assignment.from_mask(mask_TE, scores_TE)
+        most = None if self.cap is None else len(mask_TE) * self.cap
+        return Assignment.from_mask(mask_TE, scores_TE, most=most)
