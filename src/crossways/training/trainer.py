@@ -5,8 +5,6 @@ Legend: R routers, E experts.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import defaultdict
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from crossways.errors import UserError
 from crossways.training.steps import OptimizerSteps
+from crossways.training.watch import FiniteWatch, StepTimer
 
 
 class NonFiniteLossError(UserError):
@@ -27,7 +26,10 @@ class CrosswaysTrainer(Trainer):
     """Logs, beside what `Trainer` logs: `lm_loss` (nats per token), each auxiliary loss (unweighted mean over
     routers), and per router `load_imbalance/<router>` (greatest load over mean load, 1 is even) and
     `idle_experts/<router>` (experts without a single token since the last entry); `step_seconds` is the median
-    optimizer step, `interval_seconds` the sum of all steps since the last entry."""
+    optimizer step, `interval_seconds` the sum of all steps since the last entry.
+
+    On a GPU nothing is read back between two entries, so that the host stays ahead of the device; a loss that is not
+    finite is then noticed at the next entry or checkpoint, with the step at which it became so."""
 
     def __init__(self, *args: Any, router_names: list[str] | None = None, **kwargs: Any) -> None:
         """As `Trainer`; `router_names` label the routers in logs, in the model's order."""
@@ -36,8 +38,9 @@ class CrosswaysTrainer(Trainer):
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._loads: list[Tensor] = []
         self._forward_passes = 0
-        self._timer = _StepTimer()
-        self.add_callback(self._timer)
+        self._timer = StepTimer()
+        self._finite = FiniteWatch(self.args.device)
+        self.add_callback(_TimeSteps(self._timer))
         self.add_callback(OptimizerSteps)
 
     def compute_loss(  # type: ignore[override]
@@ -46,7 +49,9 @@ class CrosswaysTrainer(Trainer):
         """As `Trainer.compute_loss`; raises `NonFiniteLossError` instead of training on."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            self._require_finite(loss)
+            self._finite.note(loss, self.state.global_step + 1)
+            if loss.device.type == "cpu":  # reading costs nothing there
+                self._require_finite()
             self._accumulate(outputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -60,6 +65,8 @@ class CrosswaysTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the routing figures added to training entries."""
+        if self._forward_passes:
+            self._require_finite()
         if "loss" in logs and self._forward_passes:
             steps = self._forward_passes / self.args.gradient_accumulation_steps
             logs |= {name: float(total) / steps for name, total in self._sums.items()}
@@ -71,12 +78,13 @@ class CrosswaysTrainer(Trainer):
             self._loads, self._forward_passes = [], 0
         super().log(logs, *args, **kwargs)
 
-    def _require_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            self._diverged(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+    def _require_finite(self) -> None:
+        if found := self._finite.found():
+            self._diverged("the loss became {1} at step {0}".format(*found))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A step may ruin the weights after a finite loss; such a checkpoint must not replace a good one.
+        self._require_finite()
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 self._diverged(f"{name} became non-finite at step {self.state.global_step}")
@@ -90,28 +98,20 @@ class CrosswaysTrainer(Trainer):
         )
 
 
-class _StepTimer(TrainerCallback):
-    """Seconds of each optimizer step, without logging and checkpointing."""
+class _TimeSteps(TrainerCallback):
+    """Times each optimizer step, without logging and checkpointing."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
+    def __init__(self, timer: StepTimer) -> None:
+        self.timer = timer
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock."""
-        self._start = time.perf_counter()
+        self.timer.start(args.device)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop it, after the device has finished."""
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
-        self.seconds.append(time.perf_counter() - self._start)
-
-    def collect(self) -> dict[str, float]:
-        """Median and sum of the steps since the last call."""
-        seconds, self.seconds = self.seconds, []
-        return {"step_seconds": statistics.median(seconds), "interval_seconds": sum(seconds)} if seconds else {}
+        """Stop it."""
+        self.timer.stop(args.device)
