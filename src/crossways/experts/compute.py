@@ -116,7 +116,7 @@ def compute_experts(
     """
     _check_shapes(x_TD, assignment, up_EHD, down_EDF, activation)
     device, dtype = x_TD.device.type, x_TD.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             tensors = x_TD.to(low), assignment, up_EHD.to(low), down_EDF.to(low)

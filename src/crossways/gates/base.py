@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 from crossways.errors import UserError
 from crossways.routing import Context, GateOutput
@@ -115,5 +115,5 @@ def required_token_ids(gate: str, context: Context | None) -> Tensor:
 def float32_product(x_BSD: Tensor, weight_ED: Tensor) -> Tensor:
     """x W^T in float32 whatever the dtype of the model, under autocast too: a selection is a comparison, and bfloat16
     logits tie. (..., D) and (E, D) to (..., E)."""
-    with torch.autocast(x_BSD.device.type, enabled=False):
+    with maybe_autocast(x_BSD.device.type, enabled=False):
         return nn.functional.linear(x_BSD.float(), weight_ED.float())

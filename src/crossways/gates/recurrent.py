@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 from crossways.gates.base import Gate, GateSpec, check_switch, check_whole, float32_product
 from crossways.routing import Context, GateOutput
@@ -76,7 +77,7 @@ class RecurrentGate(Gate):
 
     def _gru(self, input_BSH: Tensor, state_BSH: Tensor) -> Tensor:
         weights = (self.input_weight, self.state_weight, self.input_bias, self.state_bias)
-        with torch.autocast(input_BSH.device.type, enabled=False):
+        with maybe_autocast(input_BSH.device.type, enabled=False):
             new_NH = torch.gru_cell(
                 input_BSH.flatten(0, 1), state_BSH.flatten(0, 1), *(weight.float() for weight in weights)
             )
