@@ -30,6 +30,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/gpu_experts.py
 	$(BIN)/python benchmarks/train_throughput.py
 
 docs: $(STAMP)

@@ -1,7 +1,7 @@
 """Nothing on the way from hidden states to gradients makes the host wait for the device.
 
-Checked without a GPU on tensors of the device `meta`, which have no content that could be read; an operator that would
-wait on a GPU is refused by name. With a GPU, PyTorch itself refuses.
+Checked without a GPU on tensors of the device `meta`, which have no content that could be read; an operator that
+would wait on a GPU is refused by name. With a GPU, PyTorch itself refuses.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from crossways.experts import Experts
 from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.gates import LinearGate
 from crossways.layers import MoE
+from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.router import Router
 from crossways.routing import Context
 from crossways.rules.balance import (
@@ -25,10 +26,30 @@ from crossways.rules.balance import (
     sparsity_loss,
 )
 from crossways.rules.score import Softmax
-from crossways.rules.select import Capacity, ExpertChoice, GroupLimited, Threshold, TopC, TopK, TopP
+from crossways.rules.select import (
+    Capacity,
+    ExpertChoice,
+    GroupLimited,
+    Positive,
+    Sinkhorn,
+    Threshold,
+    TopC,
+    TopK,
+    TopP,
+)
 from crossways.training.watch import FiniteWatch
 
 EXPERTS = 8
+TINY = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_experts": 4,
+    "moe_intermediate_size": 8,
+    "max_position_embeddings": 64,
+}
 WAITING = {
     "aten::_local_scalar_dense",
     "aten::item",
@@ -139,10 +160,32 @@ def test_zero_computation_experts_never_wait(device):
     assert check(model, device, True, guard).num_experts == EXPERTS
 
 
-def test_the_guard_sees_rules_that_do_wait():
-    for rule in (TopP(p=0.5), Threshold(value=0.1)):
-        with pytest.raises((AssertionError, NotImplementedError)):
-            check(layer(rule), "meta", False, RefuseToWait())
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", [{"name": name, "k": 2} for name in ("top_k", "top_c")], ids=str)
+def test_a_model_never_waits(rule, device):
+    config = CrosswaysConfig(**TINY, select=rule, load_balance_coef=0.01, router_z_loss_coef=0.001)
+    model = CrosswaysForCausalLM(config).to(device).train()
+    ids_BS = torch.ones(2, 8, dtype=torch.long, device=device)
+
+    def step():
+        outputs = model(input_ids=ids_BS, labels=ids_BS)
+        outputs.loss.backward()
+        return outputs
+
+    if device == "cuda":
+        step()
+    with RefuseToWait() if device == "meta" else cuda_refuses():
+        outputs = step()
+    assert len(outputs.expert_load) == 2
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "rule", [TopP(p=0.5), Threshold(value=0.1), Positive(), Sinkhorn()], ids=lambda rule: rule.name
+)
+def test_the_guard_sees_rules_that_do_wait(rule):
+    with pytest.raises((AssertionError, NotImplementedError)):
+        check(layer(rule), "meta", False, RefuseToWait())
 
 
 @pytest.mark.parametrize(

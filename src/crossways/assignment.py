@@ -4,8 +4,8 @@ Rows are tokens, columns are experts, entries are weights. It is the only thing 
 compute, losses, traces and reports: nothing downstream re-derives a selection from logits.
 
 Off the CPU, and in a graph that `torch.compile` traces, how many pairs were chosen is not known until the device has
-finished, and waiting for it would stall every step. Where a bound is known beforehand, the pair tensors get that length,
-and what is beyond the chosen pairs is slack, which every method here knows how to leave out.
+finished, and waiting for it would stall every step. Where a bound is known beforehand, the pair tensors get that
+length, and what is beyond the chosen pairs is slack, which every method here knows how to leave out.
 
 Legend: T tokens, E experts, K experts per token, P chosen pairs. `offsets_E1` has E + 1 entries.
 """
@@ -95,7 +95,7 @@ class Assignment:
 
     @classmethod
     def from_bounded_mask(cls, mask_TE: Tensor, weight_TE: Tensor, most: int) -> Assignment:
-        """As `from_mask`, in pair tensors of length `most` (at most T E), with slack. Pairs beyond `most` are lost."""
+        """As `from_mask`, in pair tensors of length `most` (at most T E), with slack; pairs beyond it are lost."""
         most = min(most, mask_TE.numel())
         cell_P = torch.nonzero_static(mask_TE.t().reshape(-1), size=most, fill_value=-1)[:, 0]
         # Slack is spread over all cells: gradients that meet in one cell, if only zeros, wait for each other.

@@ -83,3 +83,12 @@ def test_importing_the_library_imports_no_triton():
     code = "import sys, crossways, crossways.experts; sys.exit('triton' in sys.modules)"
     path = os.pathsep.join(path for path in sys.path if path)
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}).returncode == 0
+
+
+def test_the_benchmark_says_that_there_is_no_gpu():
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_experts.py"
+    path = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "gpu_experts: no CUDA device, nothing measured\n"

@@ -62,8 +62,8 @@ def _why_not_grouped(device: torch.device, dtype: torch.dtype) -> str | None:
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that `name` means for tensors of this device and dtype.
 
-    `auto` is `loop` on a CPU; elsewhere the first of `triton`, `grouped_mm` and `naive` that runs, with a warning that
-    says why those before it do not. Any other name means itself: a backend that was asked for by name is never
+    `auto` is `loop` on a CPU; elsewhere the first of `triton`, `grouped_mm` and `naive` that runs, with a warning
+    that says why those before it do not. Any other name means itself: a backend that was asked for by name is never
     replaced.
 
     Raises:

@@ -47,7 +47,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if capability >= (8, 0) else f"it needs compute capability 8.0, this device has {capability}"
     if device.type == "cpu" and not interpreted():
         return "its kernels run on CUDA, and these tensors are on the CPU"
-    return None if device.type in ("cpu", "meta") else f"its kernels run on CUDA, and these tensors are on {device.type}"
+    return (
+        None if device.type in ("cpu", "meta") else f"its kernels run on CUDA, and these tensors are on {device.type}"
+    )
 
 
 def interpreted() -> bool:

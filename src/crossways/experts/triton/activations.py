@@ -9,10 +9,9 @@ def activate(x, KIND: tl.constexpr):
     """f(x), for f one of silu, gelu (the exact one) and relu."""
     if KIND == "silu":
         return x * tl.sigmoid(x)
-    elif KIND == "gelu":
+    if KIND == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        return tl.where(x <= 0.0, 0.0, x)  # unlike maximum, NaN stays NaN
+    return tl.where(x <= 0.0, 0.0, x)  # unlike maximum, NaN stays NaN
 
 
 @triton.jit
@@ -21,8 +20,7 @@ def derivative(x, KIND: tl.constexpr):
     if KIND == "silu":
         gate = tl.sigmoid(x)
         return gate * (1.0 + x * (1.0 - gate))
-    elif KIND == "gelu":
+    if KIND == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
-    else:
-        return tl.where(x > 0.0, 1.0, 0.0)
+    return tl.where(x > 0.0, 1.0, 0.0)

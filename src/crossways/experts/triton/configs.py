@@ -28,6 +28,7 @@ _ROW_PRODUCTS = (
     (64, 64, 8, 4),
     (64, 64, 4, 4),
     (64, 32, 8, 4),
+    (32, 32, 8, 3),
     (32, 32, 4, 3),
 )
 # (BLOCK_I, BLOCK_J, BLOCK_R, warps, stages): rows and columns of the gradient, and pairs summed at a time. The rows'
@@ -49,13 +50,15 @@ class Limits(NamedTuple):
     shared_memory: int
     """Bytes: 227 KB on an H100, 163 KB on an A100, 99 KB on consumer cards."""
     accumulators: int
-    """Float32 registers of a thread for sums; beyond these, compiled kernels were seen to spill."""
+    """Registers of a thread for sums of 16-bit products; beyond these, compiled kernels were seen to spill. Of
+    float32 products half as many."""
 
 
 def limits_of(device: torch.device) -> Limits:
     """Those of a CUDA device."""
     properties = torch.cuda.get_device_properties(device)
-    return Limits(properties.shared_memory_per_block_optin, 128 if properties.major >= 9 else 64)
+    shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Limits(shared_memory, 128 if properties.major >= 9 else 64)
 
 
 def block_rows(num_pairs: int, num_experts: int) -> int:
@@ -94,11 +97,13 @@ def row_product_candidates(
         held: tiles of M x N float32 that one program works on after the product, for each matrix.
     """
 
+    most = limits.accumulators * 2 // element_size
+
     def suits(config: triton.Config) -> bool:
         n, k = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
         registers = block_m * n * matrices * held / (32 * config.num_warps)
         staged = (block_m + n * matrices) * k * config.num_stages * element_size
-        return registers <= limits.accumulators and staged <= limits.shared_memory and not _too_wide(n, columns)
+        return registers <= most and staged <= limits.shared_memory and not _too_wide(n, columns)
 
     return [config for config in row_product_configs() if suits(config)][:_MOST_CANDIDATES]
 
@@ -106,12 +111,14 @@ def row_product_candidates(
 def weight_grad_candidates(limits: Limits, rows: int, columns: int, element_size: int) -> list[triton.Config]:
     """Those that suit a gradient of this shape."""
 
+    most = 128 if element_size == 2 else limits.accumulators // 2  # 16-bit ones compile well on Ampere too
+
     def suits(config: triton.Config) -> bool:
         i, j, r = (config.kwargs[name] for name in ("BLOCK_I", "BLOCK_J", "BLOCK_R"))
         registers = i * j / (32 * config.num_warps)
         staged = (i + j) * r * (config.num_stages // 2 + 1) * element_size
         narrow = not _too_wide(i, rows) and not _too_wide(j, columns)
-        return registers <= 128 and staged <= limits.shared_memory and narrow
+        return registers <= most and staged <= limits.shared_memory and narrow
 
     return [config for config in weight_grad_configs() if suits(config)][:_MOST_CANDIDATES]
 
@@ -137,9 +144,7 @@ def prune_row_products(columns: str, gated: bool, held: int = 1) -> Callable[...
     return prune
 
 
-def prune_weight_grads(
-    configs: list[triton.Config], arguments: dict[str, Any], **meta: Any
-) -> list[triton.Config]:
+def prune_weight_grads(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
     """The pruning function of the kernel of weight gradients."""
     tensor = _first_tensor(arguments)
     if not tensor.is_cuda:

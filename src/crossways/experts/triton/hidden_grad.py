@@ -1,7 +1,8 @@
 """Back through the second matrix, the routing weight and the activation, in one pass over the pairs.
 
-With h = activation(before) and g the gradient of y at the pair's token: the gradient of weight * h is down_e^T g; from
-it come the gradients of the weight and of `before`, and weight * h itself, which the second matrix' gradient needs.
+With h = activation(before) and g the gradient of y at the pair's token: the gradient of weight * h is down_e^T g;
+from it come the gradients of the weight and of `before`, and weight * h itself, which the second matrix' gradient
+needs.
 
 Legend: T tokens, P pairs, E experts, N column tiles, D model width, F expert width, H columns before the activation.
 """
@@ -123,7 +124,11 @@ def hidden_grad_kernel(
     f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     weight = tl.load(weight_ptr + first + row, mask=real, other=0.0).to(tl.float32)[:, None]
     H: tl.constexpr = 2 if GATED else 1
-    before_at, grad_before_at, hidden_at = before_ptr + first * F * H, grad_before_ptr + first * F * H, hidden_ptr + first * F
+    before_at, grad_before_at, hidden_at = (
+        before_ptr + first * F * H,
+        grad_before_ptr + first * F * H,
+        hidden_ptr + first * F,
+    )
     part = back_through_activation(
         grad_low, weight, before_at, grad_before_at, hidden_at, row, f, real, F, ACTIVATION, GATED
     )
@@ -135,7 +140,17 @@ def hidden_grad_kernel(
 
 @triton.jit
 def back_through_activation(
-    grad, weight, before_ptr, grad_before_ptr, hidden_ptr, row, f, real, F, ACTIVATION: tl.constexpr, GATED: tl.constexpr
+    grad,
+    weight,
+    before_ptr,
+    grad_before_ptr,
+    hidden_ptr,
+    row,
+    f,
+    real,
+    F,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """Store weighted hidden units and the gradient before the activation; returns the sum of grad * hidden.
 

@@ -15,9 +15,7 @@ from crossways.experts.triton.plan import Tiles
 from crossways.experts.triton.tiling import multiply, rows_of_tile, tile_of_program
 
 
-def row_products(
-    rows_PK: Tensor, offsets_E1: Tensor, matrix_EKN: Tensor, tiles: Tiles, products: Products
-) -> Tensor:
+def row_products(rows_PK: Tensor, offsets_E1: Tensor, matrix_EKN: Tensor, tiles: Tiles, products: Products) -> Tensor:
     """Each pair's row times its expert's matrix: (P, N). Slack rows are left as they were allocated.
 
     Args:

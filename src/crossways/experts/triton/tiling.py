@@ -20,8 +20,8 @@ def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr):
-    """(expert, first pair, number of pairs from there to the expert's last); expert -1, and nothing else of use, for a
-    tile with nothing to do."""
+    """(expert, first pair, number of pairs from there to the expert's last); expert -1, and nothing else of use, for
+    a tile with nothing to do."""
     expert = tl.load(tile_expert_ptr + tile)
     first = tl.load(tile_row_ptr + tile).to(tl.int64)
     end = tl.load(offsets_ptr + tl.maximum(expert, 0) + 1)

@@ -30,9 +30,7 @@ def token_sums(rows_PD: Tensor, pairs: TokenPairs) -> Tensor:
 
 
 @triton.jit
-def token_sum_kernel(
-    rows_ptr, pair_ptr, start_ptr, out_ptr, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def token_sum_kernel(rows_ptr, pair_ptr, start_ptr, out_ptr, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """One token by `BLOCK_D` columns; several rows are read at once to keep the memory busy."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -5,7 +5,6 @@ Legend: T tokens, P pairs, E experts, D model width, F expert width, H rows of t
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,7 +1,8 @@
 """grad_e = sum over e's pairs of left[p] right[p]^T, the gradient of an expert's matrix.
 
 One of the two factors is read through the pairs' tokens, so neither inputs nor output gradients are ever permuted in
-memory. Each program walks over one expert's segment; a hot expert is therefore summed by I J / (block sizes) programs.
+memory. Each program walks over one expert's segment, so however hot an expert, as many programs sum it as its matrix
+has blocks.
 
 Legend: T tokens, P pairs, E experts, I rows and J columns of the matrix.
 """
