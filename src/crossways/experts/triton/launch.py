@@ -39,5 +39,5 @@ def products_for(x_TD: Tensor, num_pairs: int, num_experts: int, activation: str
         gated=Activation(activation).gated,
         block_rows=block_rows(num_pairs, num_experts),
         upcast=not x_TD.is_cuda,
-        precision="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     )

@@ -5,6 +5,7 @@ Legend: T tokens, P pairs, E experts, G tiles, D model width, F expert width, H 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,11 +42,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output (T, D), then what backward needs: (P, H) before the activation, and the tokens' pairs."""
     products = products_for(x_TD, token_P.numel(), up_EHD.shape[0], activation)
-    tiles = plan_tiles(offsets_E1, token_P.numel(), products.block_rows)
-    pairs = pairs_of_tokens(token_P, offsets_E1, x_TD.shape[0])
-    hidden_PF, before_PH = up_products(x_TD, token_P, weight_P, offsets_E1, up_EHD, tiles, products, save)
-    y_PD = row_products(hidden_PF, offsets_E1, down_EDF.transpose(1, 2), tiles, products)
-    return token_sums(y_PD, pairs), before_PH, *pairs
+    with _device_of(x_TD):
+        tiles = plan_tiles(offsets_E1, token_P.numel(), products.block_rows)
+        pairs = pairs_of_tokens(token_P, offsets_E1, x_TD.shape[0])
+        hidden_PF, before_PH = up_products(x_TD, token_P, weight_P, offsets_E1, up_EHD, tiles, products, save)
+        y_PD = row_products(hidden_PF, offsets_E1, down_EDF.transpose(1, 2), tiles, products)
+        return token_sums(y_PD, pairs), before_PH, *pairs
 
 
 @forward.register_fake
@@ -85,21 +87,31 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, up and down; empty where not `wanted`."""
     products = products_for(x_TD, token_P.numel(), up_EHD.shape[0], activation)
-    # Planned again rather than kept: how many tiles there are must not be part of the operator's signature, since it
-    # depends on sizes in a way that `torch.compile` cannot keep symbolic.
-    tiles, pairs = plan_tiles(offsets_E1, token_P.numel(), products.block_rows), TokenPairs(pair_P, start_T1)
-    grads = hidden_grads(grad_TD, token_P, weight_P, offsets_E1, before_PH, down_EDF, tiles, products)
     segments = (token_P, offsets_E1, products)
     grad_x, grad_weight, grad_up, grad_down = (x_TD.new_empty(0) for _ in range(4))
-    if wanted[1]:
-        grad_weight = grads.weight_P.to(weight_P.dtype)
-    if wanted[3]:
-        grad_down = weight_grads(grad_TD, grads.hidden_PF, *segments, gathered="left")
-    if wanted[2]:
-        grad_up = weight_grads(grads.before_PH, x_TD, *segments, gathered="right")
-    if wanted[0]:
-        grad_x = token_sums(row_products(grads.before_PH, offsets_E1, up_EHD, tiles, products), pairs)
+    with _device_of(x_TD):
+        # Planned again rather than kept: how many tiles there are must not be part of the operator's signature, since
+        # it depends on sizes in a way that `torch.compile` cannot keep symbolic.
+        tiles = plan_tiles(offsets_E1, token_P.numel(), products.block_rows)
+        hidden_PF, grad_PH, part_P = hidden_grads(
+            grad_TD, token_P, weight_P, offsets_E1, before_PH, down_EDF, tiles, products
+        )
+        if wanted[1]:
+            grad_weight = part_P.to(weight_P.dtype)
+        if wanted[3]:
+            grad_down = weight_grads(grad_TD, hidden_PF, *segments, gathered="left")
+        del hidden_PF  # its memory serves the next products
+        if wanted[2]:
+            grad_up = weight_grads(grad_PH, x_TD, *segments, gathered="right")
+        if wanted[0]:
+            rows_PD = row_products(grad_PH, offsets_E1, up_EHD, tiles, products)
+            grad_x = token_sums(rows_PD, TokenPairs(pair_P, start_T1))
     return grad_x, grad_weight, grad_up, grad_down
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @backward.register_fake
