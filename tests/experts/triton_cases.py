@@ -19,7 +19,7 @@ from crossways.layers import MoE
 from crossways.router import Router
 from crossways.routing import Context
 from crossways.rules.score import Softmax
-from crossways.rules.select import Capacity, TopC, TopK
+from crossways.rules.select import Capacity, ExpertChoice, GroupLimited, Sinkhorn, TopC, TopK, TopP
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative root-mean-square error against naive in float64. Triton's interpreter cuts float32 off to bfloat16, where a
@@ -318,3 +318,24 @@ def test_a_copy_of_the_layer_works():
     clone = copy.deepcopy(model)
     first, second = (layer_step(lambda x, _, m=m: m(x)[0], m, False) for m in (model, clone))
     assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize(
+    "select",
+    [GroupLimited(k=2, n_group=2, topk_group=1), ExpertChoice(1), TopP(p=0.5, cap=2)],
+    ids=lambda rule: rule.name,
+)
+def test_other_bounded_rules_are_one_graph(select):
+    torch._dynamo.reset()
+    model = layer(select)
+    explained = torch._dynamo.explain(lambda x_BSD: model(x_BSD)[0])(torch.randn(2, 7, 16, device=DEVICE))
+    assert explained.graph_break_count == 0
+
+
+def test_sinkhorn_breaks_the_graph():
+    torch._dynamo.reset()
+    model = layer(Sinkhorn(2))
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        torch.compile(lambda x_BSD: model(x_BSD)[0], fullgraph=True, backend="eager")(
+            torch.randn(2, 7, 16, device=DEVICE)
+        )
