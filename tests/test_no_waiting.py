@@ -18,13 +18,19 @@ from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.router import Router
 from crossways.routing import Context
 from crossways.rules.balance import (
+    communication_balance_loss,
+    device_balance_loss,
     entropy_loss,
+    excess_load_loss,
     importance_loss,
     load_balance_loss,
+    mutual_information_loss,
     router_z_loss,
     sequence_balance_loss,
+    sequence_entropy_loss,
     sparsity_loss,
 )
+from crossways.rules.balance.quantile import balancing_price
 from crossways.rules.score import Softmax
 from crossways.rules.select import (
     Capacity,
@@ -99,6 +105,12 @@ def train_step(model, x_BSD, valid_BS):
     loss = loss + load_balance_loss(routing.logits_TE, executed, valid_T) + importance_loss(executed)
     loss = loss + entropy_loss(routing.logits_TE, valid_T) + router_z_loss(routing.logits_TE, valid_T)
     loss = loss + sequence_balance_loss(scores, executed, routing.num_rows, valid_T)
+    loss = loss + excess_load_loss(routing.logits_TE, executed, valid_T)
+    loss = loss + mutual_information_loss(routing.logits_TE, valid_T)
+    loss = loss + sequence_entropy_loss(routing.logits_TE, routing.num_rows, valid_T)
+    loss = loss + device_balance_loss(routing.logits_TE, executed, 2, valid_T, routing.num_rows)
+    loss = loss + communication_balance_loss(routing.logits_TE, executed, 2, 1, valid_T, routing.num_rows)
+    balancing_price(routing, torch.zeros(EXPERTS, device=x_BSD.device))
     loss = loss + sparsity_loss(scores, executed, 2, valid_T) + routing.density()
     loss.backward()
     model.router.observe(routing)

@@ -11,11 +11,16 @@ from crossways.assignment import Assignment
 from crossways.experts import Activation, Experts, compute_experts
 from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.rules.balance import (
+    communication_balance_loss,
+    device_balance_loss,
     entropy_loss,
+    excess_load_loss,
     importance_loss,
     load_balance_loss,
+    mutual_information_loss,
     router_z_loss,
     sequence_balance_loss,
+    sequence_entropy_loss,
     sparsity_loss,
 )
 from crossways.rules.select import Capacity, ExpertChoice, GroupLimited, TopC, TopK, TopP
@@ -25,6 +30,7 @@ RULES = {
     "group-limited": GroupLimited(k=2, n_group=2, topk_group=1),
     "capacity": Capacity(k=2, factor=0.7),
     "capacity by score": Capacity(k=2, factor=0.7, order="score"),
+    "capacity by weight": Capacity(k=2, factor=0.7, order="weight", normalize=True, zero_computation=1, tau=0.5),
     "top-p with a cap": TopP(p=0.6, cap=3),
     "top-c": TopC(1.5),
     "top-c over the batch": TopC(0.7, group="batch"),
@@ -120,6 +126,11 @@ def select(rule, padded):
         entropy_loss(logits_TE, valid_T),
         router_z_loss(logits_TE, valid_T),
         sparsity_loss(scores_TE, chosen, 2, valid_T),
+        excess_load_loss(logits_TE, chosen, valid_T),
+        mutual_information_loss(logits_TE, valid_T),
+        sequence_entropy_loss(logits_TE, 3, valid_T),
+        device_balance_loss(logits_TE, chosen, 2, valid_T, 3),
+        communication_balance_loss(logits_TE, chosen, 2, 1, valid_T, 3),
         chosen.renormalized().to_dense().square().sum(),
     ]
     grads = [torch.autograd.grad(loss, logits_BSE, retain_graph=True)[0] for loss in losses]
