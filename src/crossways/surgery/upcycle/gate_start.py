@@ -55,10 +55,15 @@ def start_in_groups(model: CrosswaysForCausalLM, granularity: int) -> None:
             rows.copy_(rows[::granularity].repeat_interleave(granularity, dim=0))
 
 
+CENTRE_LENGTH = 0.1
+"""Length of a row that points to a centre, relative to a random one: inputs lie along the centres, and weights must
+start nearly equal, as they are exactly in MoEfication."""
+
+
 def start_at_centres(gate: LinearGate, centre_ED: Tensor) -> None:
-    """Point each row to its shard's mean input weights, as long as the random row was, in place (MoEfication's
-    "parameter centre" selection, arXiv 2110.01786, section 3.3)."""
+    """Point each row to its shard's mean input weights, in place (MoEfication's "parameter centre" selection, arXiv
+    2110.01786, section 3.3)."""
     with torch.no_grad():
         rows_ED = gate.weight[: len(centre_ED)]
         length = rows_ED.norm(dim=1).mean()
-        rows_ED.copy_(torch.nn.functional.normalize(centre_ED.to(rows_ED), dim=1) * length)
+        rows_ED.copy_(torch.nn.functional.normalize(centre_ED.to(rows_ED), dim=1) * CENTRE_LENGTH * length)
