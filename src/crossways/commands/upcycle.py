@@ -25,7 +25,9 @@ def upcycle_command(
     experts: Annotated[int, typer.Option(min=1, help="Routed experts; short for --set num_experts=...")] = 8,
     k: Annotated[
         int | None,
-        typer.Option(min=1, help="Experts per token, by top-k; default --granularity, which is one copy, or 2 copies."),
+        typer.Option(
+            min=1, help="Experts per token, by top-k; default --granularity, which is one copy, or 2 copies."
+        ),
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Every n-th layer is routed; short for --set moe_every=...")] = 1,
     granularity: Annotated[

@@ -11,7 +11,9 @@ from crossways.surgery.upcycle.neurons import balanced_kmeans, divide, importanc
 
 def ffn(width=24, hidden=6):
     generator = torch.Generator().manual_seed(0)
-    return DenseFFN(*(torch.randn(shape, generator=generator) for shape in ((width, hidden),) * 2 + ((hidden, width),)))
+    return DenseFFN(
+        *(torch.randn(shape, generator=generator) for shape in ((width, hidden),) * 2 + ((hidden, width),))
+    )
 
 
 @pytest.mark.parametrize("how", ["kmeans", "random", "contiguous"])

@@ -91,7 +91,10 @@ SAME = {
     "copies_one_gate_for_all": ({"num_experts": 4, "sharing": "all", "gate": "cosine"}, {}),
     "copies_one_decision": ({"num_experts": 4, "sharing": {"name": "decision", "size": 2}}, {}),
     "split_all_chosen": ({"num_experts": 4, "select": {"name": "top_k", "k": 4}}, {"granularity": 4}),
-    "split_random": ({"num_experts": 3, "select": {"name": "top_k", "k": 3}}, {"granularity": 3, "neurons": "random"}),
+    "split_random": (
+        {"num_experts": 3, "select": {"name": "top_k", "k": 3}},
+        {"granularity": 3, "neurons": "random"},
+    ),
     "split_beside_a_shared_part": (
         {"num_experts": 4, "select": {"name": "top_k", "k": 4}, "shared_expert_intermediate_size": 4},
         {"granularity": 4, "neurons": "contiguous"},
@@ -187,7 +190,9 @@ def test_the_restoring_scale_brings_unnormalised_weights_near_the_function():
     assert near[0] < 1e-2 < 1 < near[1]
 
 
-@pytest.mark.parametrize(("layer", "granularity", "carrier"), itertools.product(("moe", "cartesian"), (1, 2), ("experts", "shared")))
+@pytest.mark.parametrize(
+    ("layer", "granularity", "carrier"), itertools.product(("moe", "cartesian"), (1, 2), ("experts", "shared"))
+)
 def test_every_parameter_learns_within_three_steps(layer, granularity, carrier):
     routing = {"num_experts": 4, "layer": layer, "select": {"name": "top_k", "k": 2}, "load_balance_coef": 0.0}
     settings = UpcycleSettings(granularity=granularity, carrier=carrier)

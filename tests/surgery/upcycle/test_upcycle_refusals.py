@@ -57,7 +57,10 @@ REFUSED = {
         ),
         "slides over 8 tokens",
     ),
-    "routed": (lambda: CrosswaysForCausalLM(CrosswaysConfig(**TINY_DENSE, moe_intermediate_size=8)), "routed already"),
+    "routed": (
+        lambda: CrosswaysForCausalLM(CrosswaysConfig(**TINY_DENSE, moe_intermediate_size=8)),
+        "routed already",
+    ),
 }
 
 
@@ -69,13 +72,21 @@ def test_a_model_that_is_not_understood(kind):
 
 
 WRONG = {
-    "width_does_not_divide": ({"num_experts": 5, "select": {"name": "top_k", "k": 5}}, {"granularity": 5}, "24 routed"),
+    "width_does_not_divide": (
+        {"num_experts": 5, "select": {"name": "top_k", "k": 5}},
+        {"granularity": 5},
+        "24 routed",
+    ),
     "everything_shared": ({"shared_expert_intermediate_size": 24}, {}, "0 routed neurons"),
     "experts_no_multiple": ({"num_experts": 6}, {"granularity": 4}, "6 is no multiple of granularity = 4"),
     "dense_field": ({"hidden_size": 32}, {}, "hidden_size follows from the dense model"),
     "own_field": ({"moe_intermediate_size": 12}, {}, "moe_intermediate_size follows"),
     "no_layer": ({"moe_every": 0}, {}, "no layer would be routed"),
-    "groups_without_rows": ({"num_experts": 4, "gate": "cosine"}, {"granularity": 2, "gate_start": "groups"}, "linear"),
+    "groups_without_rows": (
+        {"num_experts": 4, "gate": "cosine"},
+        {"granularity": 2, "gate_start": "groups"},
+        "linear",
+    ),
     "centres_of_copies": ({"num_experts": 4}, {"granularity": 2, "gate_start": "centres"}, "2 copies"),
     "carrier_width": ({"shared_expert_intermediate_size": 8}, {"carrier": "shared"}, "has its width, 24"),
 }

@@ -56,7 +56,9 @@ def disturb(
     if redraw:
         chosen_EW = torch.rand(experts, width, generator=generator).argsort(1) < round(redraw * width)
         parts = [
-            torch.where(chosen_EW[..., None].to(part.device), part.mean() + part.std() * _normal(part, generator), part)
+            torch.where(
+                chosen_EW[..., None].to(part.device), part.mean() + part.std() * _normal(part, generator), part
+            )
             for part in parts
         ]
     if noise:

@@ -29,7 +29,9 @@ def choose_start(config: CrosswaysConfig, settings: UpcycleSettings) -> Start:
     own_gates = len({gate for gates in config.gate_plan for gate in gates}) == len(config.moe_layers) * config.factors
     asked = settings.gate_start
     if asked in ("groups", "centres") and not linear:
-        raise UserError(f"gate_start {asked!r} sets rows of a linear gate; this one is {build_gate(config.gate).name!r}")
+        raise UserError(
+            f"gate_start {asked!r} sets rows of a linear gate; this one is {build_gate(config.gate).name!r}"
+        )
     if asked == "centres" and not (copies == 1 and own_gates):
         raise UserError(
             f"gate_start 'centres' needs one expert per shard and a gate per layer; there are {copies} copies, "

@@ -47,9 +47,7 @@ class Upcycled:
     """Why it is not the same function as the dense model; empty when it is, by construction, up to rounding."""
 
 
-def upcycle(
-    dense: PreTrainedModel, routing: Mapping[str, Any], settings: UpcycleSettings | None = None
-) -> Upcycled:
+def upcycle(dense: PreTrainedModel, routing: Mapping[str, Any], settings: UpcycleSettings | None = None) -> Upcycled:
     """Make a routed model of a dense one, which stays as it is.
 
     Args:
@@ -129,9 +127,7 @@ def _fill(model: CrosswaysForCausalLM, weights: dict[str, Tensor], settings: Upc
         raise UserError(f"this model's weights are not as expected: missing {missing[:3]}, unknown {left_over[:3]}")
 
 
-def _divided(
-    ffn: DenseFFN, config: CrosswaysConfig, settings: UpcycleSettings, layer: int
-) -> tuple[Tensor, Tensor]:
+def _divided(ffn: DenseFFN, config: CrosswaysConfig, settings: UpcycleSettings, layer: int) -> tuple[Tensor, Tensor]:
     """Neurons of the shared expert (S,) and of each expert (E, W)."""
     how, seed, shards = settings.neurons, settings.seed + layer, settings.granularity
     copies = config.num_experts // shards
