@@ -88,7 +88,8 @@ class CrosswaysDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: CrosswaysConfig, layer_idx: int) -> None:
         super().__init__()
         # Qwen3's attention is Llama's with two norms.
-        self.self_attn = (Qwen3Attention if config.qk_norm else LlamaAttention)(config, layer_idx)
+        attention: Any = Qwen3Attention if config.qk_norm else LlamaAttention
+        self.self_attn = attention(config, layer_idx)
         self.is_routed = layer_idx in config.moe_layers
         self.mlp = build_routed_layer(config) if self.is_routed else LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -113,8 +113,8 @@ class Recipe(Settings):
         started = [name for name in self.variants if self.start_of(name)]
         if started and self.tokenizer.name is None:
             raise ValueError(
-                f"variants.{started[0]} starts from {self.start_of(started[0])}, a new tokenizer would not fit it: set "
-                "tokenizer.name, for instance to the same folder"
+                f"variants.{started[0]} starts from {self.start_of(started[0])}, which no new tokenizer fits; "
+                "set tokenizer.name, for instance to the same folder"
             )
         return self
 

@@ -14,8 +14,8 @@ from crossways.evaluation.cost import ParameterCounts, count_parameters, trainin
 from crossways.models import CrosswaysConfig
 from crossways.study.load import validated
 from crossways.study.match import Target, solve_widths
-from crossways.study.recipe import Knob, Quantity, Recipe
 from crossways.study.partial import model_field_types
+from crossways.study.recipe import Knob, Quantity, Recipe
 from crossways.training.settings import TrainingSettings
 from crossways.training.start import start_config
 from crossways.training.tokenizer import load_named

@@ -1,4 +1,4 @@
-"""Where a pretrained model comes from: a folder, a hub's name, a GGUF file, or an installed package that ships one."""
+"""Where a pretrained model comes from: a folder, a hub's name, a GGUF file, or a package that ships one."""
 
 from __future__ import annotations
 

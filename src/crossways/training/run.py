@@ -70,8 +70,9 @@ def train_model(
         progress: show transformers' progress bar.
 
     Raises:
-        UserError: a saved model that does not fit, windows longer than the model's context, a corpus too short for one window, or a loss that is not
-            finite (`NonFiniteLossError`, which names the step and the last good checkpoint).
+        UserError: a saved model that does not fit, windows longer than the model's context, a corpus too short for
+            one window, or a loss that is not finite (`NonFiniteLossError`, which names the step and the last good
+            checkpoint).
     """
     if settings.sequence_length > config.max_position_embeddings:
         raise UserError(

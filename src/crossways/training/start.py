@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,11 +43,12 @@ def starting_model(config: CrosswaysConfig, init_from: Path | None) -> Crossways
         return CrosswaysForCausalLM(config)
     start_config(init_from)
     try:
-        model, told = CrosswaysForCausalLM.from_pretrained(
+        loaded: Any = CrosswaysForCausalLM.from_pretrained(
             init_from, config=config, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"init_from: the weights in {init_from} do not fit the model: {error}") from error
+    model, told = loaded
     for what, names in (("lacks", told["missing_keys"]), ("has too much:", told["unexpected_keys"])):
         wrong = sorted(name for name in names if not any(part in name for part in OWN_START))
         if wrong:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -96,6 +95,6 @@ def _refuse_sliding_window(config: Any) -> None:
         return
     if window < config.max_position_embeddings:
         raise UserError(
-            f"its attention slides over {window} tokens, which ours does not; within that length the two are the "
-            f"same: set max_position_embeddings of its configuration (now {config.max_position_embeddings}) to {window}"
+            f"its attention slides over {window} tokens, which ours does not; within that length the two agree: set "
+            f"max_position_embeddings of its configuration (now {config.max_position_embeddings}) to {window}"
         )

@@ -32,7 +32,7 @@ ALWAYS_SOMEBODY = ("top_k", "scheduled_top_k", "top_p", "group_limited", "sinkho
 def restoring_scale(config: CrosswaysConfig, granularity: int) -> float:
     """The `weight_scale` under which a token's weights sum to one full feed-forward network.
 
-    That is G, or k where fewer experts than shards are chosen, so that each chosen shard counts as in the dense model;
+    That is G, or k where fewer experts than shards are chosen, so that each chosen shard counts as it did before;
     without renormalising, also divided by what k weights sum to at equal logits. A selection without a fixed budget
     counts as one that chooses everything it should.
     """

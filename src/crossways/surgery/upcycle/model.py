@@ -7,7 +7,7 @@ neurons (`shared_expert_intermediate_size`), it keeps S of them and the others a
 Cartesian layers, h1 = r + A(N1(r)) and h2 = h1 + B(N2(h1)): factor A is what a plain layer would be, and carries the
 dense function. B, and any further factor, starts silent: its second matrices (`down_proj`) are zero, so h2 = h1
 exactly whatever N2 and its router say. Its first matrices are the same shards, not zero, and N2 starts as N1, so
-that the gradient of `down_proj` is alive from the first step, and that of B's first matrices and gate from the second.
+that the gradient of `down_proj` is alive from the first step, that of B's first matrices and gate from the second.
 
 Legend: F dense width, E experts, W expert width, D model width, G shards, S shared neurons.
 """
@@ -66,7 +66,7 @@ def upcycle(dense: PreTrainedModel, routing: Mapping[str, Any], settings: Upcycl
         torch.manual_seed(settings.seed)
         model = CrosswaysForCausalLM(config)
     reference = dense.get_input_embeddings().weight
-    model = model.to(device=reference.device, dtype=reference.dtype)
+    model.to(device=reference.device, dtype=reference.dtype)  # type: ignore[call-arg]
     with torch.no_grad():
         _fill(model, dense_weights(dense), settings, centres=start == "centres")
     if start == "groups":
