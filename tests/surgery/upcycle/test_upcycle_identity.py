@@ -17,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from crossways.errors import UserError
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.surgery.upcycle import UpcycleSettings, upcycle
 
@@ -215,3 +216,50 @@ def test_copies_part_while_they_train():
     ids_BS = torch.randint(1, 37, (4, 16), generator=torch.Generator().manual_seed(2))
     model(ids_BS, labels=ids_BS).loss.backward()
     assert not torch.allclose(experts.down_proj.grad[0], experts.down_proj.grad[1])
+
+
+SELECTIONS = [
+    {"name": "top_k", "k": 4},
+    {"name": "top_k", "k": 1},
+    {"name": "scheduled_top_k", "k": 1, "k_end": 2, "steps": 4},
+    {"name": "top_p", "p": 0.4},
+    {"name": "group_limited", "k": 4, "n_group": 2, "topk_group": 1},
+    {"name": "top_c", "k": 2},
+    {"name": "expert_choice", "k": 2},
+    {"name": "capacity", "k": 2, "factor": 0.5},
+    {"name": "sinkhorn", "k": 1},
+    {"name": "base"},
+    {"name": "positive"},
+]
+
+
+@pytest.mark.parametrize("select", SELECTIONS, ids=lambda select: f"{select['name']}-{select.get('k', '')}")
+def test_no_combination_claims_more_than_it_keeps(select):
+    dense = build_dense("llama")
+    kept = 0
+    for score, gate, granularity, carrier in itertools.product(
+        ("softmax", "sigmoid", "relu", "unified", "token_softmax"),
+        ("linear", "hash"),
+        (1, 2),
+        ("experts", "shared"),
+    ):
+        routing = {"num_experts": 8, "score": score, "select": select, "gate": gate}
+        try:
+            upcycled = upcycle(dense, routing, UpcycleSettings(granularity=granularity, carrier=carrier))
+        except UserError:  # rules that do not go together
+            continue
+        if not upcycled.differences:
+            kept += 1
+            assert difference(dense, upcycled.model) < 2e-5, (routing, granularity, carrier)
+    assert kept > 5
+
+
+def test_a_further_factor_starts_with_the_layers_norm_and_the_shards():
+    dense = build_dense("llama")
+    settings = UpcycleSettings(granularity=2)
+    for index, layer in enumerate(upcycle(dense, SAME["cartesian_of_three"][0], settings).model.model.layers):
+        first, *others = layer.mlp.factors
+        for norm, factor in zip(layer.mlp.norms, others, strict=True):
+            assert torch.equal(norm.weight, dense.model.layers[index].post_attention_layernorm.weight)
+            assert torch.equal(factor.experts.gate_up_proj, first.experts.gate_up_proj)
+            assert not factor.experts.down_proj.any()

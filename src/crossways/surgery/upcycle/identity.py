@@ -60,6 +60,8 @@ def differences(config: CrosswaysConfig, settings: UpcycleSettings, grouped: boo
     found = []
     if config.layer == "cartesian" and config.cartesian_skip == "input" and config.factors > 1:
         found.append("cartesian_skip 'input' drops what the first factor computed")
+    if config.renormalize and isinstance(build_score(config.score), Relu):
+        found.append("with score 'relu' a token may have no positive weight to renormalise")
     if settings.carrier == "experts":
         found += _of_experts(config, settings.granularity, grouped)
         found += [f"{name} changes the experts" for name in ("noise", "redraw") if getattr(settings, name)]
@@ -75,8 +77,6 @@ def _of_experts(config: CrosswaysConfig, granularity: int, grouped: bool) -> lis
     found = []
     if not config.renormalize:
         found.append("weights are not renormalised: their sum differs from token to token")
-    elif isinstance(build_score(config.score), Relu):
-        found.append("with score 'relu' a token may have no positive weight")
     if select.name not in ALWAYS_SOMEBODY:
         found.append(f"under selection {select.name!r} a token may go without an expert")
     if granularity > 1:

@@ -53,7 +53,8 @@ def upcycle(dense: PreTrainedModel, routing: Mapping[str, Any], settings: Upcycl
     Args:
         dense: Llama, Mistral, Qwen2, Qwen3, or a dense model of ours.
         routing: fields of `CrosswaysConfig`, such as `num_experts`, `select`, `sharing`, `layer`, `moe_every`. Left
-            out, `renormalize` is true, and `weight_scale` what keeps the function (`restoring_scale`).
+            out, `renormalize` is true where the routed experts carry the dense function, and `weight_scale` what
+            keeps it then (`restoring_scale`).
         settings: how the feed-forward networks become experts.
 
     Raises:
@@ -82,7 +83,7 @@ def upcycled_config(dense: PreTrainedModel, routing: Mapping[str, Any], settings
     for name in routing:
         if name in FROM_THE_FFN or name in vars(LlamaConfig)["__annotations__"]:
             raise UserError(f"{name} follows from the dense model and cannot be set")
-    fields = {**dense_fields(dense), "renormalize": True, **routing}
+    fields = {**dense_fields(dense), "renormalize": settings.carrier == "experts", **routing}
     width, shards = fields["intermediate_size"], settings.granularity
     if settings.carrier == "shared":
         if routing.get("shared_expert_intermediate_size", width) != width:
