@@ -79,6 +79,7 @@ def trained(smollm2, tmp_path_factory):
     sets = [
         f"init_from={start}",
         f"tokenizer.name={start}",
+        "threads=1",
         "training.max_steps=30",
         "training.sequence_length=128",
         "training.batch_size=1",
