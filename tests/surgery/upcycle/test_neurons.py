@@ -28,7 +28,9 @@ def test_every_neuron_has_one_place(how, shared, shards):
 def test_kmeans_finds_directions_that_are_there():
     torch.manual_seed(0)
     centre_GD = torch.eye(4, 8)
-    x_ND = (centre_GD.repeat(6, 1) + 0.1 * torch.randn(24, 8)) * torch.rand(24, 1)  # the length must not matter
+    x_ND = (centre_GD.repeat(6, 1) + 0.1 * torch.randn(24, 8)) * torch.logspace(-2, 1, 24)[
+        :, None
+    ]  # length is nothing
     found = {tuple(sorted(row.tolist())) for row in balanced_kmeans(x_ND, 4, 0)}
     assert found == {tuple(range(g, 24, 4)) for g in range(4)}
 
