@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 from transformers.trainer_utils import get_last_checkpoint
 
 from crossways.errors import UserError
-from crossways.gates import Gate
+from crossways.gates import Gate, build_gate
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.models.losses import AUXILIARY_LOSSES
 from crossways.training.checkpoints import remove_torn_checkpoints
@@ -84,7 +84,7 @@ def train_model(
     windows = training_windows(corpus, tokenizer, settings.sequence_length, seed, cache_dir)
     set_seed(seed)
     model = starting_model(config, init_from)
-    if any(cast(Gate, gate).wants_counts for gate in model.model.gates):
+    if build_gate(config.gate).counts_tokens and any(cast(Gate, gate).wants_counts for gate in model.model.gates):
         counts_V = token_counts(corpus, tokenizer, config.vocab_size, cache_dir)
         model.model.count_tokens(torch.from_numpy(counts_V))
     trainer = CrosswaysTrainer(

@@ -91,6 +91,15 @@ SAME = {
     "copies_sigmoid": ({"num_experts": 4, "score": "sigmoid", "select": {"name": "top_k", "k": 1}}, {}),
     "copies_one_gate_for_all": ({"num_experts": 4, "sharing": "all", "gate": "cosine"}, {}),
     "copies_one_decision": ({"num_experts": 4, "sharing": {"name": "decision", "size": 2}}, {}),
+    "copies_beside_a_gated_and_scaled_part": (
+        {
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 8,
+            "shared_expert_gate": True,
+            "shared_expert_scale": 0.5,
+        },
+        {},
+    ),
     "split_all_chosen": ({"num_experts": 4, "select": {"name": "top_k", "k": 4}}, {"granularity": 4}),
     "split_random": (
         {"num_experts": 3, "select": {"name": "top_k", "k": 3}},

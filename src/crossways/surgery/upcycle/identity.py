@@ -21,10 +21,12 @@ from crossways.errors import UserError
 from crossways.evaluation.cost import mean_budget
 from crossways.gates import Linear, build_gate
 from crossways.models.configuration import CrosswaysConfig
-from crossways.rules.score import Relu, build_score
+from crossways.rules.score import Sigmoid, Softmax, SqrtSoftplus, TokenSoftmax, Unified, build_score
 from crossways.rules.select import TopK, build_selection
 from crossways.surgery.upcycle.settings import UpcycleSettings
 
+POSITIVE = (Softmax, Sigmoid, Unified, TokenSoftmax, SqrtSoftplus)
+"""Scores that are above zero for every expert."""
 ALWAYS_SOMEBODY = ("top_k", "scheduled_top_k", "top_p", "group_limited", "sinkhorn", "base")
 """Selections under which no token goes without an expert."""
 
@@ -60,8 +62,8 @@ def differences(config: CrosswaysConfig, settings: UpcycleSettings, grouped: boo
     found = []
     if config.layer == "cartesian" and config.cartesian_skip == "input" and config.factors > 1:
         found.append("cartesian_skip 'input' drops what the first factor computed")
-    if config.renormalize and isinstance(build_score(config.score), Relu):
-        found.append("with score 'relu' a token may have no positive weight to renormalise")
+    if config.renormalize and not isinstance(score := build_score(config.score), POSITIVE):
+        found.append(f"with score {score.name!r} a token may have no positive weight to renormalise")
     if settings.carrier == "experts":
         found += _of_experts(config, settings.granularity, grouped)
         found += [f"{name} changes the experts" for name in ("noise", "redraw") if getattr(settings, name)]

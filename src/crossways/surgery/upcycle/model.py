@@ -2,7 +2,8 @@
 
 Where the parameters start. Embeddings, attention, norms, head and the layers that stay dense: the dense model's. In a
 routed layer each expert e = c G + g holds shard g (copy c) of the feed-forward network. With a shared expert of S
-neurons (`shared_expert_intermediate_size`), it keeps S of them and the others are divided into shards.
+neurons (`shared_expert_intermediate_size`), it keeps S of them and the others are divided into shards; if it is gated
+by the token, the gate starts at one half for all and the second matrix is doubled, and its scale is divided out.
 
 Cartesian layers, h1 = r + A(N1(r)) and h2 = h1 + B(N2(h1)): factor A is what a plain layer would be, and carries the
 dense function. B, and any further factor, starts silent: its second matrices (`down_proj`) are zero, so h2 = h1
@@ -157,5 +158,9 @@ def _factor(
     if config.shared_expert_intermediate_size:
         up_HD, down_DS = ffn.shared_expert(shared_S)
         weights[f"{prefix}shared_expert.up_proj.weight"] = up_HD
+        if config.shared_expert_gate:  # sigmoid(0 x) is one half
+            weights[f"{prefix}shared_expert.gate.weight"] = up_HD.new_zeros(1, config.hidden_size)
+            down_DS = 2 * down_DS
+        down_DS = down_DS / config.shared_expert_scale
         weights[f"{prefix}shared_expert.down_proj.weight"] = torch.zeros_like(down_DS) if silent else down_DS
     return weights
