@@ -19,6 +19,7 @@ from crossways.commands.harness import harness_command
 from crossways.commands.reroute import reroute_command
 from crossways.commands.routers import routers_command
 from crossways.commands.terminal import no_bars_in_logs
+from crossways.commands.upcycle import upcycle_command
 from crossways.errors import UserError
 
 app = typer.Typer(
@@ -187,6 +188,7 @@ app.command("finetune")(finetune_command)
 app.command("harness")(harness_command)
 app.command("reroute")(reroute_command)
 app.command("routers")(routers_command)
+app.command("upcycle")(upcycle_command)
 
 
 def _default_out(recipe: str) -> Path:

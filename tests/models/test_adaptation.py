@@ -233,7 +233,7 @@ def test_costs_of_the_new_methods(tiny_config):
     ("fields", "words"),
     [
         ({"copy_experts": 1}, "zero-computation"),
-        ({"weight_scale": 2.0}, "scaled by 2.0"),
+        ({"qk_norm": True}, "queries and keys"),
         ({"bias_update_rate": 0.1}, "biased"),
         ({"select": {"name": "capacity"}}, "selection"),
         ({"score": "token_softmax"}, "score"),

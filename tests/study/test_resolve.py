@@ -7,8 +7,11 @@ from crossways.study.dry_run import describe_recipe
 from crossways.study.load import load_recipe, parse_yaml, shipped_recipes
 from crossways.study.resolve import resolve
 
+# A recipe that starts from a saved model has that model's sizes, and cannot be resolved before it is there.
+FRESH = [name for name in shipped_recipes() if not load_recipe(name).init_from]
 
-@pytest.mark.parametrize("name", shipped_recipes())
+
+@pytest.mark.parametrize("name", FRESH)
 def test_every_shipped_recipe_has_variants_of_equal_size(name):
     recipe = load_recipe(name)
     variants = resolve(recipe)
@@ -19,7 +22,7 @@ def test_every_shipped_recipe_has_variants_of_equal_size(name):
             assert variant.parameters.total == pytest.approx(reference.total, rel=0.01), variant.name
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", FRESH)
 def test_a_dry_run_is_yaml_with_widths_parameters_and_operations(name):
     recipe = load_recipe(name)
     described = parse_yaml(describe_recipe(recipe), "dry run")

@@ -30,6 +30,11 @@ class Gate(nn.Module):
         """Hidden states (B, S, D) to float32 logits (B, S, E), or to a `GateOutput`."""
         raise NotImplementedError
 
+    @property
+    def wants_counts(self) -> bool:
+        """Whether it cannot route before `count_tokens`; a saved gate that has counted knows them."""
+        return False
+
     def count_tokens(self, counts_V: Tensor) -> None:
         """Learn how often each token id occurs in the training text, int64 (V,), before the first step. For gates
         that are made from it (`GateSpec.counts_tokens`); nothing happens by default."""

@@ -86,6 +86,10 @@ class HashGate(Gate):
                 heapq.heappush(queue, (load + max(counts[token], 1e-9), expert))  # ids never seen are spread too
         self.table_VK.copy_(torch.tensor(table))
 
+    @property
+    def wants_counts(self) -> bool:
+        return self.balanced and bool(self.table_VK.numel()) and int(self.table_VK[0, 0]) == OPEN
+
     def count_tokens(self, counts_V: Tensor) -> None:
         if self.balanced:
             self.balance(counts_V)
@@ -93,7 +97,7 @@ class HashGate(Gate):
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E), of which only `context.token_ids_BS` counts."""
         token_ids_BS = required_token_ids("hash", context)
-        if self.balanced and self.table_VK.numel() and int(self.table_VK[0, 0]) == OPEN:
+        if self.wants_counts:
             raise UserError(
                 "gate 'hash' is balanced and does not know the training text: train by `crossways`, or tell it with "
                 "model.model.count_tokens(counts_V)"

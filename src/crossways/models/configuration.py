@@ -63,6 +63,8 @@ class CrosswaysConfig(LlamaConfig):
 
     model_type = "crossways"
 
+    qk_norm: bool = False
+    """Normalise each head's queries and keys (RMSNorm before the rotary embedding), as Qwen3 does."""
     moe_every: int = 1
     """Every n-th layer is routed, the n-th first (n = 2: the second, fourth, ...); 1 is all, 0 none (dense)."""
     layer: str = "moe"

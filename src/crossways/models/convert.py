@@ -69,7 +69,7 @@ def to_qwen2_moe(model: CrosswaysForCausalLM) -> Qwen2MoeForCausalLM:
         raise _refused("Qwen2-MoE", "the attention output has a bias that is not zero")
     routed = set(config.moe_layers)
     theirs = Qwen2MoeConfig(
-        **_common(config),
+        **common_fields(config),
         hidden_act=_hidden_act(config, "Qwen2-MoE", dense=len(routed) < config.num_hidden_layers),
         intermediate_size=config.intermediate_size,
         decoder_sparse_step=max(config.moe_every, 1),
@@ -114,7 +114,7 @@ def from_qwen2_moe(model: Qwen2MoeForCausalLM) -> CrosswaysForCausalLM:
                 theirs.hidden_size
             )
     config = CrosswaysConfig(
-        **_common(theirs),
+        **common_fields(theirs),
         **_routing(theirs.hidden_act, theirs.num_experts_per_tok, theirs.norm_topk_prob),
         attention_bias=theirs.qkv_bias,
         intermediate_size=theirs.intermediate_size,
@@ -143,7 +143,7 @@ def to_mixtral(model: CrosswaysForCausalLM) -> MixtralForCausalLM:
         if holds:
             raise _refused("Mixtral", reason)
     theirs = MixtralConfig(
-        **_common(config),
+        **common_fields(config),
         hidden_act=_hidden_act(config, "Mixtral", dense=False),
         intermediate_size=config.moe_intermediate_size,
         num_local_experts=config.num_experts,
@@ -163,7 +163,7 @@ def from_mixtral(model: MixtralForCausalLM) -> CrosswaysForCausalLM:
     if theirs.sliding_window is not None:
         raise UserError("this Mixtral uses sliding-window attention, which crossways models do not have")
     config = CrosswaysConfig(
-        **_common(theirs),
+        **common_fields(theirs),
         **_routing(theirs.hidden_act, theirs.num_experts_per_tok, True),
         num_experts=theirs.num_local_experts,
         moe_intermediate_size=theirs.intermediate_size,
@@ -202,8 +202,8 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, "layers repeat the decision of the layer before")
     if config.zero_computation_experts:
         raise _refused(family, f"it has {config.zero_computation_experts} zero-computation experts")
-    if config.weight_scale != 1.0:
-        raise _refused(family, f"its weights are scaled by {config.weight_scale}")
+    if config.qk_norm:
+        raise _refused(family, "attention normalises queries and keys")
     if any(router.has_bias and bool(router.bias.any()) for router in model.model.routers):
         raise _refused(family, "its choices are biased by loss-free or quantile balancing")
     if config.shared_expert_intermediate_size and (config.shared_expert_gate or config.shared_expert_scale != 1.0):
@@ -225,7 +225,7 @@ def _hidden_act(config: CrosswaysConfig, family: str, dense: bool) -> str:
     return act
 
 
-def _common(config: Any) -> dict[str, Any]:
+def common_fields(config: Any) -> dict[str, Any]:
     """The fields with one meaning on both sides; a head_dim that the family leaves out is its default there."""
     optional = ("pad_token_id", "bos_token_id", "eos_token_id")  # whose None means something
     values = {name: copy.deepcopy(getattr(config, name, None)) for name in COMMON_FIELDS}
@@ -246,11 +246,15 @@ def _routing(hidden_act: str, k: int, renormalize: bool) -> dict[str, Any]:
 
 
 def _with_gates_per_layer(ours: Weights, config: CrosswaysConfig) -> Weights:
-    """Our weights with the model's gates handed out to their layers, and Cartesian layers of one factor unwrapped."""
+    """Our weights with the model's gates handed out to their layers, Cartesian layers of one factor unwrapped, and
+    the scale of the routing weights moved into the experts' second matrices, where it means the same."""
     weights = {
         name.replace(".mlp.factors.0.", ".mlp."): w for name, w in ours.items() if not name.startswith("model.gates.")
     }
     for layer, (gate,) in zip(config.moe_layers, config.gate_plan, strict=True):
+        if config.weight_scale != 1.0:
+            name = f"{_layer(layer)}mlp.experts.down_proj"
+            weights[name] = weights[name] * config.weight_scale
         weights[f"{_layer(layer)}mlp.gate.weight"] = ours[f"model.gates.{gate}.weight"]
     return weights
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from crossways.experts.module import Experts
 from crossways.experts.zero_computation import ZeroComputationExperts
@@ -86,7 +87,9 @@ class CrosswaysDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: CrosswaysConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        # Qwen3's attention is Llama's with two norms.
+        attention: Any = Qwen3Attention if config.qk_norm else LlamaAttention
+        self.self_attn = attention(config, layer_idx)
         self.is_routed = layer_idx in config.moe_layers
         self.mlp = build_routed_layer(config) if self.is_routed else LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

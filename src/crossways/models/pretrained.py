@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from crossways.errors import UserError
 from crossways.experts.module import Experts
@@ -30,7 +31,7 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
     _can_compile_fullgraph = False  # ragged assignments have data-dependent shapes
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": CrosswaysDecoderLayer,
-        "attentions": LlamaAttention,
+        "attentions": [LlamaAttention, Qwen3Attention],
     }
 
     @torch.no_grad()

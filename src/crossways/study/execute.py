@@ -44,8 +44,17 @@ def execute(run: Run, cache_dir: Path, *, progress: bool = True) -> RunRecord:
     training = TrainingSettings(**run.settings["training"], **run.operational)
     config = run_config(run, tokenizer)
     checkpoints = run.folder / "trainer"
+    start = run.settings.get("init_from")
     trained = train_model(
-        config, corpus, tokenizer, training, checkpoints, run.seed, cache_dir=cache_dir, progress=progress
+        config,
+        corpus,
+        tokenizer,
+        training,
+        checkpoints,
+        run.seed,
+        cache_dir=cache_dir,
+        init_from=Path(start["folder"]) if start else None,
+        progress=progress,
     )
     save_model(trained, tokenizer, run.folder / "model")
     settings = EvaluationSettings(**run.settings["evaluation"])

@@ -12,6 +12,7 @@ from typing import Any
 from crossways.errors import UserError
 from crossways.study.recipe import Recipe
 from crossways.study.resolve import ResolvedVariant
+from crossways.training.start import weights_digest
 
 # These change when and where things are written, not what comes out.
 WITHOUT_EFFECT = ("save_steps", "save_total_limit", "report_to")
@@ -86,12 +87,15 @@ def plan_runs(
 def _run(common: Mapping[str, Any], variant: ResolvedVariant, seed: int, out: Path) -> Run:
     training = variant.training.model_dump(mode="json")
     operational = {key: training.pop(key) for key in WITHOUT_EFFECT}
+    settings = {**common, "model": dict(variant.model), "training": training, "seed": seed}
+    if variant.init_from is not None:
+        settings["init_from"] = {"folder": variant.init_from, "weights": weights_digest(Path(variant.init_from))}
     return Run(
         variant=variant.name,
         label=variant.label,
         description=variant.description,
         seed=seed,
-        settings={**common, "model": dict(variant.model), "training": training, "seed": seed},
+        settings=settings,
         operational=operational,
         folder=run_folder(out, variant.name, seed),
     )

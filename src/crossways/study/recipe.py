@@ -51,6 +51,8 @@ class Variant(Settings):
     """One sentence on what it is."""
     model: ModelFields = ModelFields()
     """Configuration fields that differ; a rule (`score`, `select`, `sharing`) is replaced whole."""
+    init_from: str | None = None
+    """Another start than the recipe's `init_from`."""
     training: TrainingOverrides = TrainingOverrides()
     """Training settings that differ."""
     match: VariantMatch = VariantMatch()
@@ -74,6 +76,10 @@ class Recipe(Settings):
     """A trained or a named tokenizer."""
     model: ModelFields = ModelFields()
     """`CrosswaysConfig` fields that all variants have in common; `vocab_size` follows from the tokenizer."""
+    init_from: str | None = None
+    """Folder of a saved model to start training from, such as `crossways upcycle` writes; its configuration holds
+    where `model` says nothing, and its widths are never solved for. None draws fresh weights. Name its tokenizer too
+    (`tokenizer.name`)."""
     training: TrainingSettings = TrainingSettings()
     """Optimisation."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -97,6 +103,20 @@ class Recipe(Settings):
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"seeds must differ, got {list(seeds)}")
         return seeds
+
+    def start_of(self, variant: str) -> str | None:
+        """The folder that a variant starts from, or None."""
+        return self.variants[variant].init_from or self.init_from
+
+    @model_validator(mode="after")
+    def _starts_have_a_tokenizer(self) -> Recipe:
+        started = [name for name in self.variants if self.start_of(name)]
+        if started and self.tokenizer.name is None:
+            raise ValueError(
+                f"variants.{started[0]} starts from {self.start_of(started[0])}, which no new tokenizer fits; "
+                "set tokenizer.name, for instance to the same folder"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:

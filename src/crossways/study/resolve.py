@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -13,8 +14,10 @@ from crossways.evaluation.cost import ParameterCounts, count_parameters, trainin
 from crossways.models import CrosswaysConfig
 from crossways.study.load import validated
 from crossways.study.match import Target, solve_widths
+from crossways.study.partial import model_field_types
 from crossways.study.recipe import Knob, Quantity, Recipe
 from crossways.training.settings import TrainingSettings
+from crossways.training.start import start_config
 from crossways.training.tokenizer import load_named
 
 
@@ -36,6 +39,8 @@ class ResolvedVariant:
     """Its size."""
     training_flops_per_token: float
     """Operations per training token at `training.sequence_length`."""
+    init_from: str | None = None
+    """Folder of the saved model it starts from."""
 
     def config(self, **fields: Any) -> CrosswaysConfig:
         """The model's configuration, with further fields such as token ids."""
@@ -48,8 +53,11 @@ def resolve(recipe: Recipe) -> dict[str, ResolvedVariant]:
     Raises:
         UserError: one line that names the variant, for an impossible model or a size that cannot be matched.
     """
-    common = {"vocab_size": _vocab_size(recipe), **recipe.model.model_dump(exclude_unset=True)}
-    models = {name: {**common, **v.model.model_dump(exclude_unset=True)} for name, v in recipe.variants.items()}
+    vocab_size, common = _vocab_size(recipe), recipe.model.model_dump(exclude_unset=True)
+    models = {
+        name: {**_start(recipe.start_of(name), vocab_size), **common, **v.model.model_dump(exclude_unset=True)}
+        for name, v in recipe.variants.items()
+    }
     for name, model in models.items():
         build_config(name, model)
     reference = recipe.match.reference
@@ -81,6 +89,16 @@ def counts(name: str, model: Mapping[str, Any]) -> ParameterCounts:
         raise UserError(f"variants.{name}: {error}".replace(f"variants.{name}: variants.", "variants.")) from error
 
 
+def _start(folder: str | None, vocab_size: int) -> dict[str, Any]:
+    """Fields that hold where the recipe says nothing: of a fresh model the vocabulary, of a saved one all."""
+    if folder is None:
+        return {"vocab_size": vocab_size}
+    config = start_config(Path(folder))
+    if config.vocab_size < vocab_size:
+        raise UserError(f"the tokenizer has {vocab_size} tokens, the model in {folder} {config.vocab_size}")
+    return {name: value for name, value in config.to_dict().items() if name in model_field_types()}
+
+
 def _vocab_size(recipe: Recipe) -> int:
     """The vocabulary the models are built for: a trained tokenizer may leave a few of the last rows unused."""
     if recipe.tokenizer.name is None:
@@ -97,7 +115,7 @@ def _solved(recipe: Recipe, name: str, model: Mapping[str, Any], size: Parameter
     )
     quantities = quantities if asked.quantities is None else asked.quantities
     knobs = asked.knobs or knobs
-    if not quantities:
+    if not quantities or recipe.start_of(name):
         return {}
     target = Target(str(recipe.match.reference), size, quantities)
     widths: dict[Knob, int] = {knob: getattr(config, knob) for knob in knobs}
@@ -125,4 +143,5 @@ def _finish(recipe: Recipe, name: str, model: Mapping[str, Any]) -> ResolvedVari
         training=training,
         parameters=counts(name, model),
         training_flops_per_token=training_flops_per_token(config, training.sequence_length),
+        init_from=recipe.start_of(name),
     )

@@ -1,1 +1,2 @@
-"""Change how a pretrained Mixture-of-Experts routes, without touching its code or its weights."""
+"""Pretrained models: change how a mixture of experts routes without touching its code or its weights, and make one
+of a dense model (`upcycle`)."""

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 from transformers.trainer_utils import get_last_checkpoint
 
 from crossways.errors import UserError
-from crossways.gates import build_gate
+from crossways.gates import Gate, build_gate
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.models.losses import AUXILIARY_LOSSES
 from crossways.training.checkpoints import remove_torn_checkpoints
@@ -22,6 +22,7 @@ from crossways.training.corpus import Corpus
 from crossways.training.memory import peak_memory_bytes, reset_peak_memory
 from crossways.training.packing import token_counts, training_windows
 from crossways.training.settings import TrainingSettings
+from crossways.training.start import starting_model
 from crossways.training.trainer import CrosswaysTrainer
 
 
@@ -52,9 +53,10 @@ def train_model(
     seed: int,
     *,
     cache_dir: Path | None = None,
+    init_from: Path | None = None,
     progress: bool = True,
 ) -> TrainedModel:
-    """Train a fresh model, or go on from the newest checkpoint in `out_dir`.
+    """Train a fresh or a saved model, or go on from the newest checkpoint in `out_dir`.
 
     Args:
         config: the model; its vocabulary must hold the tokenizer's.
@@ -64,11 +66,13 @@ def train_model(
         out_dir: for checkpoints and tracker logs.
         seed: of initialisation, data order and dropout.
         cache_dir: for tokenised text; default `out_dir / "cache"`.
+        init_from: folder of the saved model to start from; None draws fresh weights.
         progress: show transformers' progress bar.
 
     Raises:
-        UserError: windows longer than the model's context, a corpus too short for one window, or a loss that is not
-            finite (`NonFiniteLossError`, which names the step and the last good checkpoint).
+        UserError: a saved model that does not fit, windows longer than the model's context, a corpus too short for
+            one window, or a loss that is not finite (`NonFiniteLossError`, which names the step and the last good
+            checkpoint).
     """
     if settings.sequence_length > config.max_position_embeddings:
         raise UserError(
@@ -79,8 +83,8 @@ def train_model(
     cache_dir = cache_dir or out_dir / "cache"
     windows = training_windows(corpus, tokenizer, settings.sequence_length, seed, cache_dir)
     set_seed(seed)
-    model = CrosswaysForCausalLM(config)
-    if build_gate(config.gate).counts_tokens:
+    model = starting_model(config, init_from)
+    if build_gate(config.gate).counts_tokens and any(cast(Gate, gate).wants_counts for gate in model.model.gates):
         counts_V = token_counts(corpus, tokenizer, config.vocab_size, cache_dir)
         model.model.count_tokens(torch.from_numpy(counts_V))
     trainer = CrosswaysTrainer(

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from crossways.errors import UserError
+from crossways.models import register
 from crossways.settings import Settings
 from crossways.training.corpus import Corpus, utf8_length
 
@@ -96,6 +97,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str
 
 
 def load_named(name: str) -> PreTrainedTokenizerBase:
+    register()  # a folder of ours would otherwise be asked whether its code may be trusted
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # parsers and the network raise types without a common base

@@ -1,0 +1,79 @@
+"""Where a pretrained model comes from: a folder, a hub's name, a GGUF file, or a package that ships one."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from crossways.errors import UserError
+from crossways.models import register
+
+PACKAGE = "package:"
+
+
+def load_pretrained(
+    model: str, gguf: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, both from the same place.
+
+    Args:
+        model: a folder, the name of a hub's model, a GGUF file, or `package:NAME` for the one GGUF file inside an
+            installed Python package.
+        gguf: name of a GGUF file in `model`, which needs the package `gguf`.
+        dtype: of the weights; quantised GGUF weights are unpacked to it.
+
+    Raises:
+        UserError: nothing there, several GGUF files, or something transformers cannot load.
+    """
+    place, file = locate(model, gguf)
+    options: dict[str, Any] = {}
+    if file is not None:
+        if find_spec("gguf") is None:
+            raise UserError("reading a GGUF file needs the package gguf: pip install 'crossways[pretrained]'")
+        options = {"gguf_file": file}
+    register()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load {model}: {error}") from error
+    if file is not None:
+        loaded.config.quantization_config = None  # the weights are no longer quantised
+    return loaded, tokenizer
+
+
+def locate(model: str, gguf: str | None = None) -> tuple[str, str | None]:
+    """The folder or hub name, and the GGUF file in it if there is to be one.
+
+    Raises:
+        UserError: no such package, no GGUF file in it, or several.
+    """
+    if model.startswith(PACKAGE):
+        folder = _package_folder(model.removeprefix(PACKAGE))
+        return str(folder), gguf or _only_gguf(folder)
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if gguf is not None or not path.is_file():
+            raise UserError(f"{model}: " + ("--gguf is not needed for a file" if path.is_file() else "no such file"))
+        return str(path.parent), path.name
+    if gguf is not None and path.is_dir() and not (path / gguf).is_file():
+        raise UserError(f"{path / gguf}: no such file")
+    return model, gguf
+
+
+def _package_folder(name: str) -> Path:
+    found = find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"no installed package {name!r}; for SmolLM2: make pretrained")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def _only_gguf(folder: Path) -> str:
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"{folder} holds {len(files)} GGUF files {files}; name one by --gguf")
+    return files[0]
