@@ -104,26 +104,29 @@ def build(name, **changes):
     parts = dict(getattr(kind, "sub_configs", {}))
     if "text_config" in parts:
         fields = {part: _fields(cls, TEXT if part == "text_config" else OTHER) for part, cls in parts.items()}
-        fields["text_config"] |= own
+        for part, changed in ({"text_config": own} | entry.get("parts", {})).items():
+            fields[part] |= changed
     else:
         fields = _fields(kind, TEXT) | own
     torch.manual_seed(0)
     model = model_class(name)(kind(**fields)).eval()
-    _spread_biases(model)
+    _spread(model)
     return model
 
 
 def _fields(kind, common):
-    return {name: value for name, value in common.items() if name in kind.__dataclass_fields__}
+    return {name: value for name, value in common.items() if name in getattr(kind, "__dataclass_fields__", ())}
 
 
 @torch.no_grad()
-def _spread_biases(model):
+def _spread(model):
     """Balancing biases and factors start at nothing; give them something, so that a test sees whether they count."""
     generator = torch.Generator().manual_seed(3)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("e_score_correction_bias", "expert_bias", "per_expert_scale")):
             tensor.add_(torch.rand(tensor.shape, generator=generator) * 0.3)
+        elif tensor.dim() == 2 and tensor.is_floating_point() and not tensor.any():  # some gates start at zero
+            tensor.normal_(std=0.3, generator=generator)
 
 
 def supported():
@@ -147,3 +150,20 @@ def catalogue():
 def make():
     """`build`."""
     return build
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """Makes inputs of two sequences, of 9 and 6 tokens where `padding` names a side, else both of 9."""
+
+    def inputs(padding=None, rows=2):
+        generator = torch.Generator().manual_seed(1)
+        ids_BS = torch.randint(3, 64, (rows, 9), generator=generator)
+        mask_BS = torch.ones_like(ids_BS)
+        if padding == "left":
+            mask_BS[1, :3] = 0
+        elif padding == "right":
+            mask_BS[1, -3:] = 0
+        return {"input_ids": ids_BS.masked_fill(mask_BS == 0, 0), "attention_mask": mask_BS}
+
+    return inputs

@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from crossways.errors import UserError
+from crossways.router import Router
 
 
 class UnknownRoutingError(UserError):
     """A model whose routing is not understood well enough to be changed."""
+
+
+class FixedChoiceError(UnknownRoutingError):
+    """A router that chooses by something else than its scores, such as the token: there is no rule to change."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +51,11 @@ def find_blocks(model: nn.Module) -> list[Block]:
         UnknownRoutingError: for a model without stacked experts, or experts without exactly one router beside them.
     """
     modules = dict(model.named_modules())
+    if any(isinstance(module, Router) for module in modules.values()):
+        raise UnknownRoutingError(
+            f"{type(model).__name__} routes by crossways already: choose its rule in its configuration (`score`, "
+            "`select`), or load its weights into a model with another one"
+        )
     blocks = [_block(modules, name) for name, module in modules.items() if has_stacked_experts(module)]
     if not blocks:
         raise UnknownRoutingError(
@@ -53,6 +63,15 @@ def find_blocks(model: nn.Module) -> list[Block]:
             "there is no routing to change"
         )
     return blocks
+
+
+def language_blocks(model: nn.Module, blocks: list[Block]) -> list[Block]:
+    """Those that route text, where a wrapper holds routed encoders of images or sound as well: the blocks inside what
+    transformers calls the model's decoder. All of them if that holds none."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else model
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    return [block for block in blocks if block.experts in inside] or blocks
 
 
 def has_stacked_experts(module: nn.Module) -> bool:

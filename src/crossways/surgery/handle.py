@@ -15,9 +15,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from crossways.errors import UserError
+from crossways.surgery.copying import copy_with
 from crossways.surgery.pass_state import read_pass
 from crossways.surgery.rule import Rule
-from crossways.surgery.site import RoutedBlock, SiteRouter
+from crossways.surgery.site import BlockPass, RoutedBlock
+from crossways.surgery.site_router import SiteRouter
 
 CONFIG_KEY = "crossways_routing"
 """Under which the rule travels in a model's configuration."""
@@ -52,17 +54,26 @@ class Handle:
     """
 
     def __init__(
-        self, model: nn.Module, decoder: nn.Module, rule: Rule, blocks: Sequence[RoutedBlock], changes: list[Change]
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        rule: Rule,
+        blocks: Sequence[RoutedBlock],
+        changes: list[Change],
+        left: Sequence[Change] = (),
     ) -> None:
         self.model, self.decoder, self.rule = model, decoder, rule
-        self.blocks, self.changes = list(blocks), changes
+        self.blocks, self.changes, self.left = list(blocks), changes, list(left)
         self.active = True
         self.always_causal = False
         self._causal: bool | None = None
         self._training = False
+        self._checkpointed: dict[nn.Module, Any] = {}
+        for block in self.blocks:
+            block.model = model
         self._hooks = [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
-            decoder.register_forward_hook(self._end),
+            decoder.register_forward_hook(self._end, always_call=True),
         ]
         if hasattr(type(model), "generate"):
             model.generate = CausalGenerate(self)  # type: ignore[assignment]
@@ -151,7 +162,7 @@ class Handle:
         table = Table(title=f"{type(self.model).__name__}: {len(self.blocks)} blocks", title_justify="left")
         for name in ("block", "before", "now", "note"):
             table.add_column(name)
-        for change in self.changes:
+        for change in (*self.changes, *self.left):
             table.add_row(change.block, change.before, change.after, change.note)
         return table
 
@@ -168,6 +179,7 @@ class Handle:
         first = self.changes[0]
         return f"<{type(self.model).__name__}, {len(self.blocks)} blocks: {first.before} -> {first.after}{state}>"
 
+    @torch.compiler.disable
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = read_pass(decoder.forward, args, kwargs)
         decoding = state is not None and state.decoding
@@ -176,17 +188,62 @@ class Handle:
         self._training = decoder.training and torch.is_grad_enabled()
         for block in self.blocks:
             block.begin(state, causal=causal)
+        self._remember(decoder)
 
-    def _end(self, *_: Any) -> None:
+    @torch.compiler.disable
+    def _end(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a training pass the estimates follow the batch, once: recomputation does not come by here."""
-        if self._training:
-            for block in self.blocks:
-                if block.routing is not None:
-                    block.router.observe(block.routing)
+        for block in self.blocks:
+            block.end()
+            if self._training and output is not None and block.routing is not None:
+                block.router.observe(block.routing)
+        for module, function in self._checkpointed.items():
+            module._gradient_checkpointing_func = function
+        self._checkpointed = {}
+
+    def _remember(self, decoder: nn.Module) -> None:
+        """For the length of a pass, let layers that are computed again in the backward pass find this one's state
+        then, whatever was run in between."""
+        if not self._training:
+            return
+        for module in decoder.modules():
+            if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in vars(module):
+                self._checkpointed[module] = function = module._gradient_checkpointing_func
+                module._gradient_checkpointing_func = Repeating(self.blocks, function)  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_checkpointed": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        return copy_with(self, self.model, memo)
 
     def loads(self) -> list[Tensor]:
         """Pairs of each expert in the last pass, int64 (E,), for each router."""
         return [block.routing.assignment.load_E() for block in self.blocks if block.routing is not None]
+
+
+class Repeating:
+    """A checkpointing function whose layers decide by the state of their own pass when they are repeated."""
+
+    def __init__(self, blocks: Sequence[RoutedBlock], function: Any) -> None:
+        self.blocks, self.function = blocks, function
+
+    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        then = [block.passing for block in self.blocks]
+
+        def as_then(*args: Any, **kwargs: Any) -> Any:
+            now = [block.passing for block in self.blocks]
+            self._set(then)
+            try:
+                return layer(*args, **kwargs)
+            finally:
+                self._set(now)
+
+        return self.function(as_then, *args, **kwargs)
+
+    def _set(self, passes: Sequence[BlockPass]) -> None:
+        for block, passing in zip(self.blocks, passes, strict=True):
+            block.passing = passing
 
 
 class CausalGenerate:

@@ -6,10 +6,11 @@ Legend: B batch, S sequence, E experts, C cutoffs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crossways.surgery.find import Block, UnknownRoutingError
@@ -24,7 +25,7 @@ class PassState:
     length: int
     """S."""
     valid_BS: Tensor | None
-    """Boolean (B, S), false for padding; None when there is none, or the mask is of another form."""
+    """Boolean (B, S), false for padding; None when there is none, or the mask does not say."""
     token_ids_BS: Tensor | None
     decoding: bool
     """Whether a cache already holds earlier tokens."""
@@ -40,38 +41,57 @@ def find_decoder(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
         if {"inputs_embeds", "attention_mask"} <= set(names) and name.count(".") + bool(name) > depth:
             inner, depth = module, name.count(".") + bool(name)
     if inner is None:
+        parts = ", ".join(dict.fromkeys(block.name.partition(".")[0] for block in blocks))
         raise UnknownRoutingError(
             f"{type(model).__name__}: no module over all routed blocks takes inputs_embeds and attention_mask, so "
-            "rows and padding cannot be told apart"
+            f"rows and padding cannot be told apart; reroute the part of it that reads text (blocks lie in: {parts})"
         )
     return inner
 
 
 def read_pass(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> PassState | None:
     """What the arguments of a decoder's `forward` say; None if they hold neither ids nor embeddings."""
-    given = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
+    signature = inspect.signature(forward)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
     ids_BS, embeds_BSD = given.get("input_ids"), given.get("inputs_embeds")
     tokens = ids_BS if ids_BS is not None else embeds_BSD
     if tokens is None:
         return None
     rows, length = tokens.shape[:2]
+    cached = _cached(given.get("past_key_values"))
     return PassState(
         rows=rows,
         length=length,
-        valid_BS=_valid(given.get("attention_mask"), length),
+        valid_BS=_valid(given.get("attention_mask"), rows, length, cached),
         token_ids_BS=ids_BS,
-        decoding=_cached(given.get("past_key_values")) > 0,
+        decoding=cached > 0,
     )
 
 
-def _valid(mask: Any, length: int) -> Tensor | None:
-    """The part of a two-dimensional mask that belongs to this pass' tokens; None where nothing is masked."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+def _valid(mask: Any, rows: int, length: int, cached: int) -> Tensor | None:
+    """Which of this pass' tokens are no padding; None where all are, or the mask is of a form that does not say."""
+    if isinstance(mask, Mapping):  # a mask for each kind of attention; padding is the same in all
+        mask = next((each for each in mask.values() if isinstance(each, Tensor)), None)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
-    valid_BS = mask[:, -length:].bool()
-    return None if bool(valid_BS.all()) else valid_BS
+    if mask.dim() == 2:
+        valid_BS = mask[:, -length:].bool()
+    else:  # (B, 1, S, keys): padding alone does not attend to itself
+        own_BS = mask[:, 0].diagonal(cached, -2, -1)
+        valid_BS = own_BS if own_BS.dtype == torch.bool else own_BS >= 0
+    if valid_BS.shape[1] != length or bool(valid_BS.all()):
+        return None
+    return valid_BS.expand(rows, length)
 
 
 def _cached(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    """Tokens that a cache holds; 1 for one of recurrent layers alone that holds some, since it does not count."""
+    if not hasattr(cache, "get_seq_length"):
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return int(bool(cache.has_previous_state()))

@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 from crossways.errors import UserError
 from crossways.rules.score import Score, build_score, score_catalogue
 from crossways.rules.select import GroupLimited, Selection, TopK
-from crossways.surgery.find import Block, UnknownRoutingError
+from crossways.surgery.find import Block, FixedChoiceError, UnknownRoutingError
 from crossways.surgery.reading import HandOver, Reading
 from crossways.surgery.sparsemixer import sparsemixer_weights
 
@@ -50,8 +51,10 @@ def read_router(block: Block) -> Reading:
     """What a block's router does.
 
     Raises:
+        FixedChoiceError: for a router that does not choose by its scores.
         UnknownRoutingError: if nothing we know explains what the router returns.
     """
+    _refuse_the_impossible(block)
     answer = _ask(block)
     probabilities = _are_probabilities(answer.logits_TE)
     if probabilities:
@@ -68,6 +71,18 @@ def read_router(block: Block) -> Reading:
         f"{block.name}.{block.router_name} ({type(block.router).__name__}): none of the {tried} known ways to score, "
         "choose and weigh explains what this router returns, so its routing is left alone"
     )
+
+
+def _refuse_the_impossible(block: Block) -> None:
+    where = f"{block.name}.{block.router_name} ({type(block.router).__name__})"
+    needed = inspect.signature(block.router.forward).parameters.get("input_ids")
+    if needed is not None and needed.default is needed.empty:
+        raise FixedChoiceError(f"{where} chooses by token ids, not by scores")
+    weights = itertools.chain(block.router.parameters(), block.experts.parameters())
+    if any(hasattr(weight, "device_mesh") for weight in weights):
+        raise UnknownRoutingError(
+            f"{where}: its weights are spread over devices (FSDP, tensor or expert parallel); reroute the model first"
+        )
 
 
 def _ask(block: Block) -> Answer:
@@ -88,7 +103,9 @@ def _ask(block: Block) -> Answer:
 
 def _randomised(router: nn.Module) -> nn.Module:
     """A float32 copy on the CPU, without hooks, its parameters random: all-zero weights would tell nothing."""
-    twin = copy.deepcopy(router).to("cpu", torch.float32).eval()
+    twin = copy.deepcopy(router)
+    remove_hook_from_module(twin, recurse=True)  # accelerate's would fetch the weights again
+    twin = twin.to_empty(device="cpu").float().eval()
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -97,6 +114,8 @@ def _randomised(router: nn.Module) -> nn.Module:
         for tensor in itertools.chain(twin.parameters(), twin.buffers()):
             if tensor.is_floating_point():
                 _fill(tensor, generator)
+            else:
+                tensor.zero_()
     return twin
 
 
@@ -132,6 +151,11 @@ def _answer(block: Block, twin: nn.Module, extra: dict[str, Tensor], said: Any) 
     where = f"{block.name}.{block.router_name} ({type(block.router).__name__})"
     num_experts = block.num_experts
     shapes = [tuple(part.shape) for part in said] if isinstance(said, tuple) else said
+    if isinstance(said, tuple) and len(said) > 3:
+        raise UnknownRoutingError(
+            f"{where}: hands over {len(said)} tensors, of shapes {shapes}; what follows from the choice beside the "
+            "experts' weights (shared experts under the same sum, a state for the next layer) cannot be changed with it"
+        )
     if not isinstance(said, tuple) or len(said) not in (2, 3) or said[0].shape[-1] != num_experts:
         raise UnknownRoutingError(
             f"{where}: expected (logits, weights, indices) over {num_experts} experts, got {shapes}"
@@ -167,7 +191,9 @@ def _readings(block: Block, answer: Answer) -> Iterator[Reading]:
     k = answer.index_TK.shape[-1]
     known = score_catalogue()
     scores = [build_score(name) for name in SCORES if name in known]
-    for select, bias, score in itertools.product(_selections(block, k), [None, *answer.per_expert], scores):
+    ways: list[tuple[str | None, bool]] = [(None, False)]
+    ways += [(bias, of_logits) for of_logits in (False, True) for bias in answer.per_expert]
+    for (bias, of_logits), select, score in itertools.product(ways, _selections(block, k), scores):
         yield Reading(
             num_experts=block.num_experts,
             k=k,
@@ -176,6 +202,7 @@ def _readings(block: Block, answer: Answer) -> Iterator[Reading]:
             renormalize=False,
             weight_scale=1.0,
             bias=bias,
+            bias_of_logits=of_logits,
         )
 
 
@@ -201,7 +228,8 @@ def _scores(score: Score, answer: Answer) -> Tensor:
 
 def _explains_choice(reading: Reading, answer: Answer) -> bool:
     scores_TE = _scores(reading.score, answer)
-    choice_TE = scores_TE if reading.bias is None else scores_TE + answer.per_expert[reading.bias]
+    choice_TE = answer.logits_TE if reading.bias_of_logits else scores_TE
+    choice_TE = choice_TE if reading.bias is None else choice_TE + answer.per_expert[reading.bias]
     chosen_TE = reading.select(choice_TE[None], scores_TE[None]).to_mask()
     return torch.equal(chosen_TE, torch.zeros_like(chosen_TE).scatter(-1, answer.index_TK, True))
 
@@ -228,5 +256,5 @@ def _sparsemixed(block: Block, reading: Reading, answer: Answer) -> Reading | No
     order_TK = answer.logits_TE.gather(-1, answer.index_TK).argsort(-1, descending=True)
     given_TK = answer.weight_TK.gather(-1, order_TK)
     if torch.allclose(given_TK, sparsemixer_weights(answer.logits_TE, eps), rtol=CLOSE):
-        return replace(reading, weighs="sparsemixer")
+        return replace(reading, weighs="sparsemixer", weighs_eps=eps)
     return None

@@ -30,6 +30,8 @@ class Reading:
     """Factor on all weights."""
     bias: str | None = None
     """Path, from the block, of the E numbers that are added to the scores when choosing."""
+    bias_of_logits: bool = False
+    """Whether that is added to the logits instead."""
     factor: str | None = None
     """Path, from the block, of the E numbers that weights are multiplied by."""
     hands_over: HandOver = "pairs"
@@ -38,6 +40,8 @@ class Reading:
     """Whether what it calls logits are probabilities; their logarithms are the logits, but for a shift per token."""
     weighs: str = ""
     """Name of a way to weigh that is no score of a pair by itself; empty for all but such families."""
+    weighs_eps: float = 0.0
+    """Its constant."""
 
     def __str__(self) -> str:
         text = f"{describe(self.select)} of {self.weighs or describe(self.score)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from torch import nn
 from crossways.errors import UserError
 from crossways.rules.registry import describe
 from crossways.rules.score import build_score
-from crossways.surgery.find import Block, find_blocks
+from crossways.surgery.find import Block, FixedChoiceError, find_blocks, language_blocks
 from crossways.surgery.handle import CONFIG_KEY, UNCHANGED, Change, Handle, handle_of
 from crossways.surgery.pass_state import find_decoder
 from crossways.surgery.probe import read_router
 from crossways.surgery.reading import Reading
 from crossways.surgery.rule import Rule, Spec, build_rule
-from crossways.surgery.site import GivenLogits, RoutedBlock, SiteRouter
+from crossways.surgery.site import RoutedBlock
+from crossways.surgery.site_router import GivenLogits, SiteRouter
+from crossways.surgery.sparsemixer import sparsemixer_of_top2
 
 
 def reroute(
@@ -66,9 +69,9 @@ def reroute(
 
 def _attach(model: nn.Module, rule: Rule) -> Handle:
     """Read the model, then put the hooks on; nothing is changed if anything is not understood."""
-    blocks = find_blocks(model)
+    found = find_blocks(model)
+    blocks, readings, left = _read(found, language_blocks(model, found))
     decoder = find_decoder(model, blocks)
-    readings = [read_router(block) for block in blocks]
     if rule.budgets is not None and len(rule.budgets) != len(blocks):
         raise UserError(f"{len(rule.budgets)} budgets were given for {len(blocks)} routed layers")
     plans = [_plan(*pair, rule.of_layer(index)) for index, pair in enumerate(zip(blocks, readings, strict=True))]
@@ -76,7 +79,22 @@ def _attach(model: nn.Module, rule: Rule) -> Handle:
         RoutedBlock(block, reading, router, own=own)
         for block, reading, (router, own, _) in zip(blocks, readings, plans, strict=True)
     ]
-    return Handle(model, decoder, rule, routed, [change for _, _, change in plans])
+    return Handle(model, decoder, rule, routed, [change for _, _, change in plans], left)
+
+
+def _read(found: list[Block], language: list[Block]) -> tuple[list[Block], list[Reading], list[Change]]:
+    """The blocks to reroute, what their routers do, and what is left alone."""
+    blocks, readings = [], []
+    left = [Change(b.name, "not of the language model", UNCHANGED) for b in found if b not in language]
+    for block in language:
+        try:
+            readings.append(read_router(block))
+            blocks.append(block)
+        except FixedChoiceError as error:
+            if block is language[-1] and not blocks:
+                raise
+            left.append(Change(block.name, "a fixed choice", UNCHANGED, str(error)))
+    return blocks, readings, left
 
 
 def _plan(block: Block, reading: Reading, rule: Rule) -> tuple[SiteRouter, bool, Change]:
@@ -92,6 +110,9 @@ def _plan(block: Block, reading: Reading, rule: Rule) -> tuple[SiteRouter, bool,
     router = SiteRouter(
         reading.num_experts, score, select, renormalize=renormalize, weight_scale=scale, gate=GivenLogits()
     )
+    router.bias_of_logits = reading.bias_of_logits
+    if reading.weighs and select == reading.select and rule.score is None:
+        router.weigh = partial(sparsemixer_of_top2, eps=reading.weighs_eps)
     change = Change(block.name, str(reading), UNCHANGED if own else _words(router), _note(reading, router, own=own))
     return router, own, change
 
@@ -108,7 +129,7 @@ def _note(reading: Reading, router: SiteRouter, *, own: bool) -> str:
         return ""
     if reading.bias and router.score != reading.score:
         notes.append("balancing bias left out: it belongs to the other score")
-    if reading.weighs:
+    if reading.weighs and router.weigh is None:
         notes.append(f"{reading.weighs} weighs the family's own choice only; weights are now {router.score.name}")
     if reading.hands_over == "dense":
         notes.append("this family's experts compute every pair, chosen or not: no compute is saved")

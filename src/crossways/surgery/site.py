@@ -11,51 +11,41 @@ Legend: B batch, S sequence, T tokens, D model width, E experts, K most experts 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crossways.assignment import Assignment
-from crossways.router import Router
+from crossways.errors import UserError
 from crossways.routing import Context, Routing
+from crossways.surgery.copying import copy_with
 from crossways.surgery.find import Block
 from crossways.surgery.pass_state import PassState
 from crossways.surgery.reading import Reading, tensor_at
+from crossways.surgery.site_router import SiteRouter
 
 
-class GivenLogits(nn.Module):
-    """The gate of a router whose logits come from somewhere else."""
+@dataclass(frozen=True)
+class BlockPass:
+    """What a block must know of a pass of the decoder. Estimates are copies, so that recomputation under gradient
+    checkpointing decides alike after they have been updated."""
 
-    def forward(self, logits_BSE: Tensor, context: Context) -> Tensor:
-        """(B, S, E), as it is."""
-        return logits_BSE
-
-
-class SiteRouter(Router):
-    """Decides by logits that the family's own router computed; may be told to repeat the family's own decision."""
-
-    executed: Assignment | None = None
-    """What the family itself decided in this pass, to be recorded instead of deciding anew."""
-
-    def _decide(
-        self, logits_BSE: Tensor, deciding_BSE: Tensor, allowed_BSE: Tensor | None, context: Context
-    ) -> Routing:
-        if self.executed is None:
-            return super()._decide(logits_BSE, deciding_BSE, allowed_BSE, context)
-        scores_TE = self.score(logits_BSE, context.valid_BS).flatten(0, 1)
-        return Routing(
-            logits_TE=logits_BSE.flatten(0, 1),
-            scores_TE=scores_TE,
-            choice_TE=scores_TE.detach(),
-            assignment=self.executed,
-            valid_T=None if context.valid_BS is None else context.valid_BS.flatten(),
-            num_rows=logits_BSE.shape[0],
-        )
+    state: PassState | None = None
+    causal: bool = False
+    cutoff_C: Tensor | None = None
+    normaliser_E: Tensor | None = None
 
 
 class RoutedBlock:
     """The hooks of one block, and what they remember within a pass."""
+
+    model: nn.Module | None = None
+    """The whole model, once a handle holds the block. A copy of that copies the block; a copy of a part of it, such
+    as adapters make of a router that they train, keeps asking this one."""
+    active = True
+    """Whether the hooks do anything; false on copies of a router that outlive `remove`."""
 
     def __init__(self, block: Block, reading: Reading, router: SiteRouter, *, own: bool) -> None:
         """
@@ -66,10 +56,8 @@ class RoutedBlock:
             own: whether the rule is the family's own, which then runs untouched.
         """
         self.block, self.reading, self.router, self.own = block, reading, router, own
-        self.state: PassState | None = None
-        self.causal = False
-        self.cutoff_C: Tensor | None = None
-        self.normaliser_E: Tensor | None = None
+        self.passing = BlockPass()
+        self.live = False
         self.routing: Routing | None = None
         self._flat: tuple[Tensor, int] | None = None
         self._handles = [block.router.register_forward_hook(self.after_router)]
@@ -81,50 +69,83 @@ class RoutedBlock:
 
     def remove(self) -> None:
         """Take the hooks off."""
+        self.active = False
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, state: PassState | None, *, causal: bool) -> None:
-        """Start a pass. Estimates are copied, so that recomputation under gradient checkpointing decides alike after
-        they have been updated."""
-        self.state, self.causal, self.routing = state, causal, None
-        self.cutoff_C, self.normaliser_E = self.router.snapshot("cutoff"), self.router.snapshot("normaliser")
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a pass, which may hold a graph of gradients."""
+        return vars(self) | {"passing": BlockPass(), "live": False, "routing": None, "_flat": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedBlock:
+        return copy_with(self, self.model, memo)
+
+    def begin(self, state: PassState | None, *, causal: bool) -> None:
+        """Start a pass."""
+        self.live, self.routing = True, None
+        self.passing = BlockPass(state, causal, self.router.snapshot("cutoff"), self.router.snapshot("normaliser"))
+
+    def end(self) -> None:
+        """End it. What is decided from here on repeats an earlier pass, under gradient checkpointing."""
+        self.live = False
+
+    @torch.compiler.disable
     def after_router(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the family's router: the same logits, other pairs."""
+        if not self.active:
+            return output
         logits_TE = output[1] if self.reading.hands_over == "dense" else output[0]
         self.router.to(logits_TE.device).train(module.training)
         untouched = self.own and self.router.perturbation is None
         self.router.executed = self._executed(output) if untouched else None
-        self.routing = self.router(self._rows(logits_TE), self._context())
-        if untouched:
-            return output
-        return self._handed_over(output, self._scaled(self.routing.assignment))
+        try:
+            logits_BSE = self._rows(logits_TE)
+            tokens = logits_BSE.shape[0] * logits_BSE.shape[1]
+            routing = self.router(logits_BSE, self._context(tokens, logits_BSE.device))
+        finally:
+            self.router.executed = None
+        if self.live:
+            self.routing = detached(routing)
+        return output if untouched else self._handed_over(output, self._scaled(routing.assignment))
 
     def _rows(self, logits_TE: Tensor) -> Tensor:
-        """Float32 logits (B, S, E)."""
+        """Float32 logits (B, S, E); of one row if the router was called by itself."""
         num_experts = logits_TE.shape[-1]
         logits_TE = logits_TE.reshape(-1, num_experts).float()
         if self.reading.probabilities:
             logits_TE = logits_TE.log()
-        return logits_TE.reshape((*self._shape(len(logits_TE)), num_experts))
+        state = self._state(len(logits_TE))
+        shape = (1, len(logits_TE)) if state is None else (state.rows, state.length)
+        return logits_TE.reshape((*shape, num_experts))
 
-    def _shape(self, tokens: int) -> tuple[int, int]:
-        """(B, S); one row if the router was called by itself."""
-        state = self.state
-        known = state is not None and state.rows * state.length == tokens
-        return (state.rows, state.length) if known and state is not None else (1, tokens)
+    def _state(self, tokens: int) -> PassState | None:
+        """The pass, if it is one of this many tokens."""
+        state = self.passing.state
+        if state is not None and state.rows * state.length == tokens:
+            return state
+        if self.live and self._looks_around():
+            shape = "unknown shape" if state is None else f"{state.rows} x {state.length} tokens"
+            raise UserError(
+                f"{self.block.name}: the router was called with {tokens} tokens in a pass of {shape}, so sequences "
+                "cannot be told apart; take a rule that decides for each token by itself, such as threshold"
+            )
+        return None
 
-    def _context(self) -> Context:
-        state, bias = self.state, None
+    def _looks_around(self) -> bool:
+        if self.passing.causal or (self.own and self.router.perturbation is None):
+            return False
+        return not all(rule.causal and rule.batch_invariant for rule in (self.router.select, self.router.score))
+
+    def _context(self, tokens: int, device: torch.device) -> Context:
+        passing, state, bias = self.passing, self._state(tokens), None
         if self.reading.bias is not None and self.router.score == self.reading.score:
             bias = tensor_at(self.block.parent, self.reading.bias).float().flatten()
         return Context(
-            valid_BS=state.valid_BS if state else None,
-            causal=self.causal,
+            valid_BS=_to(state.valid_BS, device) if state else None,
+            causal=passing.causal,
             token_ids_BS=state.token_ids_BS if state else None,
-            cutoff_C=_on(self.cutoff_C, self.router),
-            normaliser_E=_on(self.normaliser_E, self.router),
+            cutoff_C=_to(passing.cutoff_C, device),
+            normaliser_E=_to(passing.normaliser_E, device),
             bias_E=bias,
         )
 
@@ -142,9 +163,10 @@ class RoutedBlock:
         return Assignment.from_mask(mask_TE & self._valid(mask_TE), weight_TE)
 
     def _valid(self, mask_TE: Tensor) -> Tensor:
-        if self.state is None or self.state.valid_BS is None or self.state.valid_BS.numel() != len(mask_TE):
+        state = self._state(len(mask_TE))
+        if state is None or state.valid_BS is None:
             return torch.ones_like(mask_TE[:, :1])
-        return self.state.valid_BS.reshape(-1, 1).to(mask_TE.device)
+        return state.valid_BS.reshape(-1, 1).to(mask_TE.device)
 
     def _scaled(self, assignment: Assignment) -> Assignment:
         """With the family's factor of each expert, if it has one."""
@@ -162,6 +184,7 @@ class RoutedBlock:
         index_TK = index_TK.to(output[2].dtype).reshape(*lead, -1)
         return output[0], weight_TK.to(output[1].dtype).reshape(*lead, -1), index_TK
 
+    @torch.compiler.disable
     def before_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the experts: one row per chosen pair, unless every place is taken."""
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -181,6 +204,7 @@ class RoutedBlock:
         bound.arguments |= {x: x_TD[token_P], index: expert_P[:, None], weight: weight_P[:, None]}
         return bound.args, bound.kwargs
 
+    @torch.compiler.disable
     def after_experts(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook of the experts: sum the rows of each token, in float32 as a 16-bit sum would lose digits."""
         if self._flat is None:
@@ -207,6 +231,12 @@ def rectangular(assignment: Assignment) -> tuple[Tensor, Tensor]:
     return weight_TK.index_put((token_P, place_P), assignment.weight_P[order_P]), index_TK
 
 
-def _on(estimate: Tensor | None, router: Router) -> Tensor | None:
-    device = next(router.buffers(), torch.empty(0)).device
-    return None if estimate is None else estimate.to(device)
+def detached(routing: Routing) -> Routing:
+    """Without the graph of gradients, which would otherwise live until the next pass."""
+    pairs = routing.assignment.with_weights(routing.assignment.weight_P.detach())
+    logits_TE, scores_TE = routing.logits_TE.detach(), routing.scores_TE.detach()
+    return replace(routing, logits_TE=logits_TE, scores_TE=scores_TE, assignment=pairs)
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

@@ -26,6 +26,14 @@ def sparsemixer_weights(logits_TE: Tensor, eps: float) -> Tensor:
     return torch.stack([_near(logits_TE, logits_TE, best_T, eps), _near(without_TE, logits_TE, second_T, eps)], -1)
 
 
+def sparsemixer_of_top2(logits_TE: Tensor, eps: float) -> Tensor:
+    """The same weights in their places among all experts, float32 (T, E), zero elsewhere; minus infinity in the
+    logits rules an expert out, unless that leaves none."""
+    logits_TE = logits_TE.masked_fill((logits_TE == -torch.inf).all(-1, keepdim=True), 0.0)
+    index_T2 = logits_TE.topk(2, dim=-1).indices
+    return torch.zeros_like(logits_TE).scatter(-1, index_T2, sparsemixer_weights(logits_TE, eps))
+
+
 def _near(candidates_TE: Tensor, logits_TE: Tensor, best_T: Tensor, eps: float) -> Tensor:
     """Softmax of the best candidate among those near it, (T,)."""
     best_T1 = best_T[:, None]
