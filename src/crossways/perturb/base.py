@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from crossways.router import Router
 from crossways.routing import Decide, Perturbation, Routing
 from crossways.sites import Site, router_sites
+from crossways.surgery.attach import own_routing
 
 
 class Stage(IntEnum):
@@ -83,17 +84,26 @@ class _Chain:
 def perturbed(model: nn.Module, *perturbations: ModelPerturbation | Perturbation) -> Iterator[list[Router]]:
     """Apply perturbations to the routers of a model while the context lasts; yields the routers.
 
+    A routed model of transformers needs no preparation: it is routed by its family's rule, and put back afterwards.
     Several at once, and nested contexts, act together in the order of `Stage`. The routers are restored exactly.
 
     Raises:
         ValueError: if the model has no router, or if the context ends without one of the perturbations having been
             called, since a measurement would then silently have measured nothing.
     """
+    if not perturbations:
+        raise ValueError("perturbed() was given no perturbation")
+    with own_routing(model), _perturbed(model, perturbations) as routers:
+        yield routers
+
+
+@contextmanager
+def _perturbed(
+    model: nn.Module, perturbations: Sequence[ModelPerturbation | Perturbation]
+) -> Iterator[list[Router]]:
     sites = router_sites(model)
     if not sites:
         raise ValueError(f"{type(model).__name__} has no router to perturb")
-    if not perturbations:
-        raise ValueError("perturbed() was given no perturbation")
     before = [site.router.perturbation for site in sites]
     with ExitStack() as stack:
         links = [_install(perturbation, model, sites, stack) for perturbation in perturbations]

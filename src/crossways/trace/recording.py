@@ -15,6 +15,7 @@ from crossways.errors import UserError
 from crossways.router import Router
 from crossways.routing import Context, Routing
 from crossways.sites import router_sites, routers_per_layer
+from crossways.surgery.attach import own_routing
 from crossways.trace.sums import Trace, TraceSettings
 
 
@@ -23,6 +24,7 @@ def traced(model: nn.Module, settings: TraceSettings | None = None, into: Trace 
     """Record every forward pass of a model while the context lasts: the assignments that were executed, perturbations
     and decode twins included. Nothing is derived again from logits.
 
+    A routed model of transformers needs no preparation: it is recorded under its own routing, and put back afterwards.
     The given module itself must be called (`generate` does). Decisions that gradient checkpointing repeats in the
     backward pass are not counted twice.
 
@@ -34,6 +36,12 @@ def traced(model: nn.Module, settings: TraceSettings | None = None, into: Trace 
     Raises:
         ValueError: if the model has no router, or nothing was received before the context ended.
     """
+    with own_routing(model), _traced(model, settings, into) as trace:
+        yield trace
+
+
+@contextmanager
+def _traced(model: nn.Module, settings: TraceSettings | None, into: Trace | None) -> Iterator[Trace]:
     sites = router_sites(model)
     if not sites:
         raise ValueError(f"{type(model).__name__} has no router to trace")
