@@ -93,7 +93,8 @@ OTHER = {
 def model_class(name):
     """The class that the catalogue names."""
     module = CATALOGUE[name].get("module", name)
-    return getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), CATALOGUE[name]["model"])
+    modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    return getattr(modeling, CATALOGUE[name]["model"])
 
 
 def build(name, **changes):

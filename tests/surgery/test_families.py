@@ -37,9 +37,12 @@ def logits_of(model, inputs):
 
 def state_of(model):
     """Everything that reroute might leave behind, on every module and in the configuration."""
+
+    def content(value):
+        return len(value) if isinstance(value, OrderedDict) else id(value)
+
     modules = {
-        name: {key: len(value) if isinstance(value, OrderedDict) else id(value) for key, value in vars(module).items()}
-        for name, module in model.named_modules()
+        name: {key: content(value) for key, value in vars(module).items()} for name, module in model.named_modules()
     }
     return modules, model.config.to_dict(), list(model.state_dict())
 
@@ -48,7 +51,8 @@ def explicit(reading):
     """The family's own rule in words."""
     rule = {"select": {"name": reading.select.name, **asdict(reading.select)}}
     if not reading.weighs:
-        rule |= {"score": reading.score.name, "renormalize": reading.renormalize, "weight_scale": reading.weight_scale}
+        rule |= {"score": reading.score.name}
+        rule |= {"renormalize": reading.renormalize, "weight_scale": reading.weight_scale}
     return rule
 
 

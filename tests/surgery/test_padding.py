@@ -54,9 +54,9 @@ def test_one_decision_however_the_model_is_called(make, batch, rule, side):
             "boolean mask": lambda: model(input_ids=ids, attention_mask=mask.bool()).logits,
             "four dimensions": lambda: model(input_ids=ids, attention_mask=causal).logits,
             "four dimensions, added": lambda: model(input_ids=ids, attention_mask=floats).logits,
-            "static cache": lambda: model(
-                **inputs, past_key_values=StaticCache(config=model.config, max_cache_len=16)
-            ).logits,
+            "static cache": lambda: (
+                model(**inputs, past_key_values=StaticCache(config=model.config, max_cache_len=16)).logits
+            ),
             "dynamic cache": lambda: model(**inputs, past_key_values=DynamicCache(config=model.config)).logits,
         }
         for how, call in calls.items():

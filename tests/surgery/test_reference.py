@@ -157,3 +157,20 @@ def test_a_budget_for_each_layer(make, batch):
         assert [int(load_E.sum()) for load_E in handle.loads()] == [18, 28, 54]  # of 2 x 9 tokens, rounded by row
     with pytest.raises(ValueError, match="2 budgets were given for 3 routed layers"):
         reroute(model, "usmoe", k=[1, 2])
+
+
+def test_gemmas_logits_are_those_before_its_softmax(make, batch):
+    """Its router hands over probabilities; the sigmoid of a unified score needs what they were made of."""
+    model = make("gemma4")
+    said = []
+    hook = model.model.layers[0].router.proj.register_forward_hook(lambda _, args, output: said.append(output))
+    with reroute(model, "usmoe") as handle, torch.no_grad():
+        model(**batch(), use_cache=False)
+        site = handle.blocks[0]
+    hook.remove()
+    assert site.reading.probabilities
+    assert torch.equal(site.routing.logits_TE, said[0])
+    assert (site.routing.logits_TE.logsumexp(-1).abs() > 0.1).any(), "these could be log-probabilities"
+    scores_TE = 0.5 * said[0].softmax(-1) + 0.5 * 2 * said[0].sigmoid() / 8
+    torch.testing.assert_close(site.routing.scores_TE, scores_TE)
+    assert not site.block.router.proj._forward_hooks

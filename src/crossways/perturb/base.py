@@ -98,9 +98,7 @@ def perturbed(model: nn.Module, *perturbations: ModelPerturbation | Perturbation
 
 
 @contextmanager
-def _perturbed(
-    model: nn.Module, perturbations: Sequence[ModelPerturbation | Perturbation]
-) -> Iterator[list[Router]]:
+def _perturbed(model: nn.Module, perturbations: Sequence[ModelPerturbation | Perturbation]) -> Iterator[list[Router]]:
     sites = router_sites(model)
     if not sites:
         raise ValueError(f"{type(model).__name__} has no router to perturb")

@@ -20,6 +20,6 @@ def copy_with(original: Hooked, model: nn.Module | None, memo: dict[int, Any]) -
         return original
     duplicate = object.__new__(type(original))
     memo[id(original)] = duplicate
-    state = original.__getstate__()  # type: ignore[attr-defined]
+    state: Any = original.__getstate__()  # type: ignore[attr-defined]
     vars(duplicate).update(copy.deepcopy(state, memo))
     return duplicate

@@ -13,6 +13,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +46,8 @@ class Answer:
     per_expert: dict[str, Tensor]
     """Every E numbers in reach, by their path from the block."""
     dense: bool
+    inside: dict[str, Tensor]
+    """What the router's own parts said, (T, E), by their path from the router."""
 
 
 def read_router(block: Block) -> Reading:
@@ -57,8 +60,13 @@ def read_router(block: Block) -> Reading:
     _refuse_the_impossible(block)
     answer = _ask(block)
     probabilities = _are_probabilities(answer.logits_TE)
+    source = None
     if probabilities:
         answer = replace(answer, logits_TE=answer.logits_TE.log())
+        source = next(
+            (path for path, said_TE in answer.inside.items() if _same_shares(said_TE, answer.logits_TE)), None
+        )
+        answer = answer if source is None else replace(answer, logits_TE=answer.inside[source])
     tried = 0
     for reading in _readings(block, answer):
         tried += 1
@@ -66,7 +74,7 @@ def read_router(block: Block) -> Reading:
             weighed = _weighed(reading, answer) or _sparsemixed(block, reading, answer)
             if weighed is not None:
                 hands_over: HandOver = "dense" if answer.dense else "pairs"
-                return replace(weighed, probabilities=probabilities, hands_over=hands_over)
+                return replace(weighed, probabilities=probabilities, logits_from=source, hands_over=hands_over)
     raise UnknownRoutingError(
         f"{block.name}.{block.router_name} ({type(block.router).__name__}): none of the {tried} known ways to score, "
         "choose and weigh explains what this router returns, so its routing is left alone"
@@ -91,9 +99,9 @@ def _ask(block: Block) -> Answer:
     problem: Exception | None = None
     for x in _inputs(block, twin):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _listening(twin, block.num_experts) as inside:
                 said = twin(x, **extra)
-            return _answer(block, twin, extra, said)
+            return replace(_answer(block, twin, extra, said), inside=inside)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -138,6 +146,29 @@ def _extra_arguments(block: Block) -> dict[str, Tensor]:
     return extra
 
 
+@contextmanager
+def _listening(twin: nn.Module, num_experts: int) -> Iterator[dict[str, Tensor]]:
+    """What submodules say in the context, if it has E columns."""
+    heard: dict[str, Tensor] = {}
+
+    def listen(path: str, said: Any) -> None:
+        if isinstance(said, Tensor) and said.shape[-1:] == (num_experts,):
+            heard[path] = said.detach().reshape(-1, num_experts).float()
+
+    with ExitStack() as stack:
+        for path, module in twin.named_modules():
+            if path:
+                hook = module.register_forward_hook(lambda _, args, said, path=path: listen(path, said))
+                stack.callback(hook.remove)
+        yield heard
+
+
+def _same_shares(logits_TE: Tensor, log_probs_TE: Tensor) -> bool:
+    return logits_TE.shape == log_probs_TE.shape and torch.allclose(
+        logits_TE.log_softmax(-1), log_probs_TE, atol=CLOSE
+    )
+
+
 def _inputs(block: Block, twin: nn.Module) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(2)
     widths = [p.shape[-1] for p in twin.parameters() if p.dim() == 2]
@@ -153,8 +184,8 @@ def _answer(block: Block, twin: nn.Module, extra: dict[str, Tensor], said: Any) 
     shapes = [tuple(part.shape) for part in said] if isinstance(said, tuple) else said
     if isinstance(said, tuple) and len(said) > 3:
         raise UnknownRoutingError(
-            f"{where}: hands over {len(said)} tensors, of shapes {shapes}; what follows from the choice beside the "
-            "experts' weights (shared experts under the same sum, a state for the next layer) cannot be changed with it"
+            f"{where}: hands over {len(said)} tensors, of shapes {shapes}; what else follows from the choice "
+            "(shared experts under the same sum, a state for the next layer) could not be changed with it"
         )
     if not isinstance(said, tuple) or len(said) not in (2, 3) or said[0].shape[-1] != num_experts:
         raise UnknownRoutingError(
@@ -167,7 +198,7 @@ def _answer(block: Block, twin: nn.Module, extra: dict[str, Tensor], said: Any) 
     if len(said) == 2:
         weight_TE, logits_TE = (part.reshape(-1, num_experts).float() for part in said)
         index_TK = weight_TE.topk(int((weight_TE[0] > 0).sum())).indices
-        return Answer(logits_TE, weight_TE.gather(-1, index_TK), index_TK, per_expert, dense=True)
+        return Answer(logits_TE, weight_TE.gather(-1, index_TK), index_TK, per_expert, dense=True, inside={})
     logits_TE, weight_TK, index_TK = said
     if index_TK.is_floating_point() or index_TK.shape != weight_TK.shape:
         raise UnknownRoutingError(f"{where}: expected weights and indices of one shape, got {shapes}")
@@ -178,6 +209,7 @@ def _answer(block: Block, twin: nn.Module, extra: dict[str, Tensor], said: Any) 
         index_TK.reshape(-1, k).long(),
         per_expert,
         dense=False,
+        inside={},
     )
 
 

@@ -38,6 +38,8 @@ class Reading:
     """`pairs`: (logits, weights of the chosen, their indices). `dense`: (weights of all with zeros, logits)."""
     probabilities: bool = False
     """Whether what it calls logits are probabilities; their logarithms are the logits, but for a shift per token."""
+    logits_from: str | None = None
+    """Path, from the router, of the part that says the logits, where the router hands over probabilities."""
     weighs: str = ""
     """Name of a way to weigh that is no score of a pair by itself; empty for all but such families."""
     weighs_eps: float = 0.0

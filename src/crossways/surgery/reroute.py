@@ -133,7 +133,7 @@ def _note(reading: Reading, router: SiteRouter, *, own: bool) -> str:
         notes.append(f"{reading.weighs} weighs the family's own choice only; weights are now {router.score.name}")
     if reading.hands_over == "dense":
         notes.append("this family's experts compute every pair, chosen or not: no compute is saved")
-    if reading.probabilities:
+    if reading.probabilities and reading.logits_from is None:
         notes.append("logits are the logarithms of the probabilities that the family hands over")
     if router.has_cutoff or router.has_normaliser:
         notes.append("generation needs a calibrated cutoff")

@@ -60,7 +60,11 @@ class RoutedBlock:
         self.live = False
         self.routing: Routing | None = None
         self._flat: tuple[Tensor, int] | None = None
+        self._said: Tensor | None = None
         self._handles = [block.router.register_forward_hook(self.after_router)]
+        if reading.logits_from is not None:
+            source = block.router.get_submodule(reading.logits_from)
+            self._handles.append(source.register_forward_hook(self.after_logits))
         if reading.hands_over == "pairs":
             self._handles += [
                 block.experts.register_forward_pre_hook(self.before_experts, with_kwargs=True),
@@ -75,7 +79,7 @@ class RoutedBlock:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a pass, which may hold a graph of gradients."""
-        return vars(self) | {"passing": BlockPass(), "live": False, "routing": None, "_flat": None}
+        return vars(self) | {"passing": BlockPass(), "live": False, "routing": None, "_flat": None, "_said": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedBlock:
         return copy_with(self, self.model, memo)
@@ -113,10 +117,27 @@ class RoutedBlock:
         num_experts = logits_TE.shape[-1]
         logits_TE = logits_TE.reshape(-1, num_experts).float()
         if self.reading.probabilities:
-            logits_TE = logits_TE.log()
+            logits_TE = self._before_softmax(logits_TE)
         state = self._state(len(logits_TE))
         shape = (1, len(logits_TE)) if state is None else (state.rows, state.length)
         return logits_TE.reshape((*shape, num_experts))
+
+    def after_logits(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of the part of the router that says its logits, where the router itself does not."""
+        self._said = output
+
+    def _before_softmax(self, probs_TE: Tensor) -> Tensor:
+        """The logits behind probabilities; without the part that says them, up to a shift for each token."""
+        said, self._said = self._said, None
+        if said is None:
+            return probs_TE.log()
+        logits_TE = said.reshape(probs_TE.shape).float()
+        if not torch.allclose(logits_TE.softmax(-1), probs_TE, atol=1e-2):
+            raise UserError(
+                f"{self.block.name}: the router's probabilities are no longer those of its "
+                f"{self.reading.logits_from} (an adapter on it?); put adapters on the router before rerouting"
+            )
+        return logits_TE
 
     def _state(self, tokens: int) -> PassState | None:
         """The pass, if it is one of this many tokens."""

@@ -24,7 +24,7 @@ def traced(model: nn.Module, settings: TraceSettings | None = None, into: Trace 
     """Record every forward pass of a model while the context lasts: the assignments that were executed, perturbations
     and decode twins included. Nothing is derived again from logits.
 
-    A routed model of transformers needs no preparation: it is recorded under its own routing, and put back afterwards.
+    A routed model of transformers needs no preparation: it is recorded under its own routing and put back after.
     The given module itself must be called (`generate` does). Decisions that gradient checkpointing repeats in the
     backward pass are not counted twice.
 
