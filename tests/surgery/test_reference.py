@@ -174,3 +174,20 @@ def test_gemmas_logits_are_those_before_its_softmax(make, batch):
     scores_TE = 0.5 * said[0].softmax(-1) + 0.5 * 2 * said[0].sigmoid() / 8
     torch.testing.assert_close(site.routing.scores_TE, scores_TE)
     assert not site.block.router.proj._forward_hooks
+
+
+def test_weights_alone_may_be_asked_for(make, batch):
+    """OLMoE with weights that sum to one is the family's own variant; and a factor is one on the experts' output."""
+    plain, normalised, inputs = make("olmoe"), make("olmoe_normalised"), batch()
+    with torch.no_grad():
+        expected, before = normalised(**inputs).logits, plain(**inputs).logits
+        with reroute(plain, renormalize=True):
+            torch.testing.assert_close(plain(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
+        with reroute(plain, weight_scale=0.0) as handle:
+            without = plain(**inputs).logits
+            assert all(site.routing.assignment.num_pairs == 36 for site in handle.blocks)
+        for layer in plain.model.layers:
+            layer.mlp.experts.down_proj.zero_()
+        torch.testing.assert_close(plain(**inputs).logits, without)
+    assert not torch.allclose(before, expected)
+    assert not torch.allclose(before, without)

@@ -105,8 +105,9 @@ def test_copies_are_rerouted_by_themselves(make, batch, copied):
         torch.save(model, stream)
         stream.seek(0)
         twin = torch.load(stream, weights_only=False)
-    assert torch.equal(logits_of(twin, inputs), routed)
     other = handle_of(twin)
+    assert all(site.routing is None for site in other.blocks), "what belongs to a pass is not copied"
+    assert torch.equal(logits_of(twin, inputs), routed)
     assert other is not handle
     assert other.model is twin
     assert twin.generate.handle is other
