@@ -151,7 +151,7 @@ def test_a_rerouted_folder_may_be_rerouted_again(crossways, plain, tmp_path):
     ("arguments", "message"),
     [
         ((), "give a MODEL"),
-        (("nowhere/at-all/x",), "cannot load the model"),
+        (("nowhere/at-all/x",), "holds no saved model: it does not exist"),
         (("/no/such/folder",), "does not exist"),
         (("{plain}", "--rule", "usmo"), "unknown preset 'usmo' (did you mean 'usmoe'?)"),
         (("{plain}", "--select", "top_x"), "top_x"),
