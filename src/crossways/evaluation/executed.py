@@ -83,7 +83,7 @@ class Executed:
 
     def _hook(self, index: int) -> Any:
         def count(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-            self.pairs[index] += routing.assignment.num_pairs
+            self.pairs[index] += int(routing.assignment.load_E().sum())
             valid_T = routing.valid_T
             self.tokens[index] += len(routing.scores_TE) if valid_T is None else int(valid_T.sum())
 

@@ -200,7 +200,7 @@ class RoutedBlock:
         """The assignment in the form in which the family's router hands over its own."""
         if self.reading.hands_over == "dense":
             return assignment.to_dense().to(output[0].dtype).reshape(output[0].shape), output[1]
-        weight_TK, index_TK = rectangular(assignment)
+        weight_TK, index_TK = rectangular(assignment.compact())
         lead = output[2].shape[:-1]
         index_TK = index_TK.to(output[2].dtype).reshape(*lead, -1)
         return output[0], weight_TK.to(output[1].dtype).reshape(*lead, -1), index_TK
