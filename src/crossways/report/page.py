@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from crossways.report.compare import Difference, Groups, differences
 from crossways.report.facts import environments, meta_line, protocols, warnings
@@ -21,16 +16,8 @@ from crossways.report.figures.bits import bits_figure, difference_figure
 from crossways.report.figures.curves import SMOOTHING, curves_figure
 from crossways.report.figures.disabled import disabled_figure
 from crossways.report.figures.load import DOUBLINGS, load_figure
-from crossways.report.style import (
-    DARK,
-    LOAD_SCALE,
-    LOAD_SCALE_DARK,
-    VARIANT_COLORS,
-    VARIANT_COLORS_DARK,
-    VariantStyle,
-    figure_json,
-    variant_styles,
-)
+from crossways.report.shell import assets, environment, slot
+from crossways.report.style import figure_json, variant_styles
 from crossways.study.atomic import write_text_atomic
 from crossways.study.columns import COLUMNS
 from crossways.study.record import Comparison, RunRecord
@@ -67,7 +54,7 @@ def render_report(
         raise ValueError("there are no run records to report on; finish at least one run first")
     page = _Page(records, comparisons)
     context = page.context() | {"title": title, "description": description, "notice": notice}
-    template = _environment().get_template("page.html")
+    template = environment().get_template("page.html")
     return write_text_atomic(out, template.render(context, recipe_text=recipe_text, corpus=corpus))
 
 
@@ -89,7 +76,7 @@ class _Page:
         sections = [self._comparison(number, c) for number, c in enumerate(self.comparisons)]
         content: dict[str, object] = {
             "table": self._table(),
-            "variants": [(row, _slot(self.styles[row.variant])) for row in self.rows],
+            "variants": [(row, slot(self.styles[row.variant])) for row in self.rows],
             "sections": sections,
             "curves": self._curves(),
             "disabled": self._disabled(),
@@ -101,7 +88,7 @@ class _Page:
             "protocols": protocols(self.records),
             "environments": environments(self.records),
         }
-        return content | {"figures": self.figures} | _assets()
+        return content | {"figures": self.figures} | assets()
 
     def _figure(self, name: str, figure: go.Figure) -> str:
         self.figures[name] = Markup(figure_json(figure))
@@ -130,7 +117,7 @@ class _Page:
             "comparison": comparison,
             "baseline": base[0].label if base else comparison.baseline,
             "missing": [variant for variant in comparison.members if variant not in self.groups],
-            "differences": [(row, _slot(self.styles[row.variant])) for row in rows],
+            "differences": [(row, slot(self.styles[row.variant])) for row in rows],
             "bits": self._figure(f"bits-{number + 1}", bits) if bits else None,
             "change": self._figure(f"change-{number + 1}", difference_figure(drawn, self.styles)) if drawn else None,
             "leaky": any(r.evaluation.leaky for variant in present for r in self.groups[variant]),
@@ -148,46 +135,6 @@ class _Page:
         found = ((row, load_figure(self.groups[row.variant])) for row in self.rows)
         drawn = [(row, figure) for row, figure in found if figure is not None]
         return [
-            (self._figure(f"load-{i}", figure), _slot(self.styles[row.variant]), row)
+            (self._figure(f"load-{i}", figure), slot(self.styles[row.variant]), row)
             for i, (row, figure) in enumerate(drawn)
         ]
-
-
-def _slot(style: VariantStyle) -> dict[str, object]:
-    """How the style sheet finds the colour of a variant, light or dark."""
-    return {"number": VARIANT_COLORS.index(style.color), "dash": style.dash}
-
-
-def _assets() -> dict[str, object]:
-    """Style sheet and scripts; a script runs only if its digest stands in the page's security policy."""
-    plotly, own = get_plotlyjs().replace("\r\n", "\n"), _read("page.js")
-    digests = " ".join(f"'sha256-{_digest(script)}'" for script in (plotly, own))
-    assert "</script" not in plotly.lower()
-    assert "</script" not in own.lower()
-    return {
-        "css": Markup(_read("page.css")),
-        "plotly_js": Markup(plotly),
-        "page_js": Markup(own),
-        "dark": DARK,
-        "light_variants": VARIANT_COLORS,
-        "dark_variants": VARIANT_COLORS_DARK,
-        "load_scale": LOAD_SCALE,
-        "load_scale_dark": LOAD_SCALE_DARK,
-        "policy": f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'",
-    }
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _read(name: str) -> str:
-    return resources.files("crossways.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _environment() -> Environment:
-    loader = PackageLoader("crossways.report", "")
-    return Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from crossways.errors import UserError
 from crossways.study.atomic import write_text_atomic
 from crossways.study.execute import load_text, write_settings
+from crossways.study.lock import locked
 from crossways.study.plan import Run, changed_keys, plan_runs
 from crossways.study.publish import StudyResult, finished_runs, publish, recipe_text
 from crossways.study.recipe import Recipe, require_variant
@@ -57,7 +56,7 @@ def run_study(
     for name in only or ():
         require_user_variant(name, recipe)
     chosen = {name: variant for name, variant in variants.items() if not only or name in only}
-    with _locked(out):
+    with locked(out):
         corpus = load_corpus(recipe.corpus, recipe.split_seed)
         _compare(recipe, variants, corpus, out, force)
         runs = plan_runs(recipe, chosen, seeds or recipe.seeds, corpus.fingerprint, out)
@@ -74,20 +73,6 @@ def require_user_variant(name: str, recipe: Recipe) -> None:
         require_variant(name, recipe.variants, "the command line")
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second study out of the folder; the system frees the lock of a process that died."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {out}: {error.strerror}") from error
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise UserError(f"another study is at work in {out}; wait for it or use another --out") from error
 
 
 def _compare(recipe: Recipe, variants: dict[str, ResolvedVariant], corpus: Corpus, out: Path, force: bool) -> None:

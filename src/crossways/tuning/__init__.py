@@ -1,0 +1,1 @@
+"""Find out how few experts a pretrained model can do with, and what that costs in quality."""
