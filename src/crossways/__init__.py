@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crossways.surgery.handle import Handle
+    from crossways.tuning.result import TuningResult
 
 __version__ = "0.1.0"
 
@@ -34,3 +35,11 @@ def from_pretrained(path: Any, auto_class: Any = None, **kwargs: Any) -> Any:
     from crossways.surgery.reroute import from_pretrained as load
 
     return load(path, auto_class, **kwargs)
+
+
+def tune(model: Any, tokenizer: Any, corpus: Any, out: Any, **options: Any) -> TuningResult:
+    """Find the cheapest routing of a pretrained model within a stated loss of quality, and save it; see
+    `crossways.tuning.tune.tune`, which documents the arguments and what is raised."""
+    from crossways.tuning.tune import tune as tune_budget
+
+    return tune_budget(model, tokenizer, corpus, out, **options)

@@ -20,6 +20,7 @@ from crossways.commands.reroute import reroute_command
 from crossways.commands.routers import routers_command
 from crossways.commands.terminal import no_bars_in_logs
 from crossways.commands.upcycle import upcycle_command
+from crossways.commands.tune import tune_command
 from crossways.errors import UserError
 
 app = typer.Typer(
@@ -189,6 +190,7 @@ app.command("harness")(harness_command)
 app.command("reroute")(reroute_command)
 app.command("routers")(routers_command)
 app.command("upcycle")(upcycle_command)
+app.command("tune")(tune_command)
 
 
 def _default_out(recipe: str) -> Path:

@@ -10,7 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from crossways.report.style import DARK, LOAD_SCALE, LOAD_SCALE_DARK, VARIANT_COLORS, VARIANT_COLORS_DARK, VariantStyle
+from crossways.report.style import (
+    DARK,
+    LOAD_SCALE,
+    LOAD_SCALE_DARK,
+    VARIANT_COLORS,
+    VARIANT_COLORS_DARK,
+    VariantStyle,
+)
 
 
 def slot(style: VariantStyle) -> dict[str, object]:

@@ -39,8 +39,8 @@ def allocate(
         UserError: a budget below the least that the levels allow.
     """
     curves = [_whole(each) if integral else (each.budget_N, each.loss_N) for each in sensitivities]
-    cost_L = np.ones(len(curves)) if cost_L is None else np.asarray(cost_L, dtype=float) / np.mean(cost_L)
-    spent = np.concatenate([c * np.asarray(b) for c, (b, _) in zip(cost_L, curves, strict=True)])
+    scale_L = np.ones(len(curves)) if cost_L is None else np.asarray(cost_L, dtype=float) / np.mean(cost_L)
+    spent = np.concatenate([c * np.asarray(b) for c, (b, _) in zip(scale_L, curves, strict=True)])
     loss = np.concatenate([np.asarray(values) for _, values in curves])
     layer = np.repeat(np.arange(len(curves)), [len(values) for _, values in curves])
     one_level = (layer == np.arange(len(curves))[:, None]).astype(float)
@@ -51,9 +51,11 @@ def allocate(
             f"a mean budget of {budget:g} experts per token is below {least / len(curves):g}, the least that the "
             "measured levels allow; add smaller ones to tuning.levels"
         )
-    # Between equal losses the cheaper one: a nudge far below anything that can be measured.
+    # Scaled, as the solver's tolerances are absolute; and of equal losses the cheaper, by a nudge of a ten-thousandth
+    # of the greatest loss for the whole budget.
+    scaled = loss / (np.abs(loss).max() or 1.0) + 1e-4 * spent / limit
     solved = milp(
-        loss + 1e-9 * spent,
+        scaled,
         constraints=[LinearConstraint(one_level, 1, 1), LinearConstraint(spent[None], -np.inf, limit * (1 + 1e-9))],
         bounds=Bounds(0, 1),
         integrality=np.full(len(loss), int(integral)),

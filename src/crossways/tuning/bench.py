@@ -79,7 +79,8 @@ class Bench:
 
         key = {"what": "score", "rule": rule.to_json(), "estimates": estimates or [], "text": text.digest}
         found = self._kept(key, measure)
-        return Scored(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+        return Scored(**values)
 
     def _kept(self, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         value = self.store.get(key, measure)

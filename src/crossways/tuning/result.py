@@ -24,7 +24,8 @@ from crossways.tuning.sensitivity import Sensitivity
 from crossways.tuning.settings import LossLimit
 from crossways.tuning.timing import Timing
 
-FRONTIER, TABLE, PAGE, CHECKPOINT, WINDOWS = "frontier.json", "frontier.csv", "report.html", "model", "confirmation.npz"
+FRONTIER, TABLE, PAGE = "frontier.json", "frontier.csv", "report.html"
+CHECKPOINT, WINDOWS = "model", "confirmation.npz"
 """Files of a tuning in its folder."""
 
 
@@ -103,9 +104,7 @@ def as_json(result: TuningResult) -> dict[str, Any]:
         "flops": asdict(result.costs),
         "original": _point(result.original, result),
         "points": [_point(point, result) for point in result.points],
-        "sensitivities": {
-            name: [asdict(each) for each in found] for name, found in result.sensitivities.items()
-        },
+        "sensitivities": {name: [asdict(each) for each in found] for name, found in result.sensitivities.items()},
         "chosen": _point(result.chosen, result) if result.chosen else None,
         "reason": result.reason,
         "confirmation": {**asdict(confirmation), "saved": confirmation.saved} if confirmation else None,

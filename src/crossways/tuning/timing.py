@@ -97,8 +97,8 @@ def _time(
                 second[name].append(elapsed)
     original, chosen = (np.asarray(second[name]) for name in ("original", "chosen"))
     low, middle, high = np.quantile(original / chosen, [0.25, 0.5, 0.75]).tolist()
-    speeds = (tokens / float(np.median(seconds)) for seconds in (original, chosen))
-    return Timed(task, rounds, *speeds, middle, low, high)
+    before, after = (tokens / float(np.median(seconds)) for seconds in (original, chosen))
+    return Timed(task, rounds, before, after, middle, low, high)
 
 
 def _full_windows(text: Text, rows: int) -> Tensor:
@@ -151,8 +151,8 @@ def notes(timing: Timing, sequence: Sequence[float]) -> list[str]:
     found = [f"Experts are computed by {timing.experts}: {NOTES.get(timing.experts, 'unknown to us')}."]
     if ragged:
         found.append(
-            "Tokens choose different numbers of experts, so each chosen pair is handed to the experts as a row of its "
-            "own and summed up afterwards: a gather and a scatter that the original does not need."
+            "Tokens choose different numbers of experts, so each chosen pair is handed to the experts as a row of "
+            "its own and summed up afterwards: a gather and a scatter that the original does not need."
         )
     found.append(
         "The original was timed without any hook; the chosen routing includes the cost of deciding anew, which is "

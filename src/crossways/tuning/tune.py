@@ -255,5 +255,3 @@ def _bar(console: Console | None, steps: int) -> Iterator[Any]:
         task = bar.add_task("measuring", total=steps)
         yield lambda: bar.advance(task)
         bar.update(task, completed=steps)
-
-

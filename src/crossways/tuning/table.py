@@ -1,0 +1,46 @@
+"""The outcome of a tuning, for a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from crossways.tuning.choose import qualifies
+from crossways.tuning.result import TuningResult
+from crossways.tuning.timing import Timing
+
+
+def settings_table(result: TuningResult) -> Table:
+    """Every setting, by rising cost within its family and allocation."""
+    texts = result.protocol["texts"]["tuning"]
+    caption = f"{texts['documents']} documents, {texts['tokens']} tokens to choose on; † looks at later tokens"
+    table = Table(title=Text(result.model), caption=caption, caption_justify="left", title_justify="left")
+    table.add_column("setting")
+    for name in ("experts / token", "expert FLOPs", "perplexity", "loss, nats", "at most"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for point in (result.original, *result.points):
+        mark = "qualifies" if qualifies(point, result.original, result.limit) else ""
+        table.add_row(
+            point.setting.label + (" †" if point.setting.leaky else ""),
+            f"{point.scored.budget:.3f}",
+            f"{point.flops / result.original.flops:.1%}",
+            f"{point.scored.perplexity:.3f}",
+            f"{point.difference.nats:+.4f}",
+            f"{point.difference.upper:+.4f}",
+            "chosen" if point is result.chosen else mark,
+            style="bold" if point is result.chosen else "dim" if point.setting.leaky else None,
+        )
+    return table
+
+
+def timing_table(timing: Timing) -> Table:
+    """Wall time of both routings."""
+    table = Table(title="tokens per second, interleaved rounds: median and quartiles", title_justify="left")
+    table.add_column("task")
+    for name in ("original", "chosen", "chosen / original"):
+        table.add_column(name, justify="right")
+    for each in timing.timed:
+        ratio = f"{each.speedup:.2f} ({each.speedup_low:.2f} to {each.speedup_high:.2f})"
+        table.add_row(each.task, f"{each.original:.1f}", f"{each.chosen:.1f}", ratio)
+    return table
