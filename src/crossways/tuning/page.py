@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def headline(result: TuningResult) -> str:
         "not shown": f"The mean is within {result.limit.text}, its upper bound is not: more text would tell.",
         "contradicted": f"This is beyond {result.limit.text}: the choice was not borne out, and is not saved.",
     }
-    return f"{figures}. {endings[confirmation.verdict]}"
+    return f"{figures[0].upper()}{figures[1:]}. {endings[confirmation.verdict]}"
 
 
 def _mark(point: Point, result: TuningResult) -> str:
@@ -94,14 +93,17 @@ def _trails(result: TuningResult, styles: dict[str, VariantStyle]) -> list[Trail
     for (family, allocation), group in groupby(
         result.points, key=lambda point: (point.setting.family, point.setting.allocation)
     ):
-        points: Sequence[Point] = sorted(group, key=lambda point: point.scored.budget)
+        points = list(group)
         label = points[0].setting.label + (" †" if points[0].setting.leaky else "")
+        if FAMILIES[family].integral:  # its uncut end is the model as it is
+            points.append(result.original)
+        points.sort(key=lambda point: point.scored.budget)
         trails.append(
             Trail(
                 name=label,
                 style=styles[family],
                 dashed=allocation == "per-layer",
-                hollow=points[0].setting.leaky,
+                hollow=FAMILIES[family].leaky,
                 spots=[_spot(point, result) for point in points],
             )
         )

@@ -12,6 +12,11 @@ import torch
 from torch import nn
 
 from crossways.study.atomic import write_text_atomic
+from crossways.surgery.handle import CONFIG_KEY
+
+NO_MATTER = ("architectures", "dtype", "transformers_version", "_name_or_path", CONFIG_KEY)
+"""Entries of a configuration that say nothing about what the model computes, or what the weights say themselves;
+`save_pretrained` changes some."""
 
 
 class Store:
@@ -45,7 +50,9 @@ def model_digest(model: nn.Module) -> str:
     """Hexadecimal hash of a model's class, configuration and weights (of each its shape, sum and first numbers): what
     has changed enough to measure anew."""
     config: Any = getattr(model, "config", None)
-    seen = hashlib.sha256(f"{type(model).__name__} {config.to_json_string() if config else ''}".encode())
+    fields = config.to_dict() if config is not None else {}
+    kept = {name: value for name, value in fields.items() if name not in NO_MATTER}
+    seen = hashlib.sha256(f"{type(model).__name__} {json.dumps(kept, sort_keys=True, default=str)}".encode())
     for name, tensor in model.state_dict().items():
         first = tensor.flatten()[:64].float().tolist()
         seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {float(tensor.double().sum())!r} {first}".encode())

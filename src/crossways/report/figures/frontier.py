@@ -90,7 +90,8 @@ def layers_figure(curves: Sequence[Curve], y_title: str, *, step: bool = False) 
             hovertemplate="%{fullData.name}<br>layer %{x}: %{y:.4f}<extra></extra>",
         )
     _titles(figure, "routed layer", y_title)
-    figure.layout.xaxis.update(tickformat="d")
+    layers = max(len(curve.x) for curve in curves)
+    figure.layout.xaxis.update(tick0=1, dtick=max(1, round(layers / 10)))
     return figure
 
 
