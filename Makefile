@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 PRETRAINED := $(VENV)/.pretrained
 
-.PHONY: install quickstart test test-slow test-pretrained pretrained smollm2-moe lint bench docs clean
+.PHONY: install quickstart test test-slow test-pretrained pretrained smollm2-moe tune-smollm2 lint bench docs clean
 
 install: $(STAMP)
 
@@ -58,6 +58,16 @@ docs: $(STAMP)
 	$(BIN)/python -c "from pathlib import Path; from crossways.study.reference import recipe_reference as text; \
 	page = Path('docs/recipes.md'); mark = '<!-- printed by \`crossways recipes --reference\` -->'; \
 	page.write_text(page.read_text().split(mark)[0] + mark + '\n' + text())"
+
+# The frontier of SmolLM2 as a mixture of experts, on few tokens: some minutes on two quiet cores.
+SMOLLM2 ?= runs/smollm2-moe/qwen2-moe
+
+tune-smollm2: $(STAMP)
+	test -d $(SMOLLM2) || $(MAKE) smollm2-moe
+	$(BIN)/crossways tune $(SMOLLM2) --out runs/tune-smollm2 --max-loss 2% --set evaluation.batch_size=4 \
+	  --set tuning.document_tokens=128 --set tuning.tuning_tokens=2048 --set tuning.confirmation_tokens=4096 \
+	  --set tuning.calibration_tokens=1024 --set tuning.sensitivity_tokens=512 \
+	  --set 'tuning.levels=[0.375]' --set 'tuning.budgets=[0.85,0.7,0.55]'
 
 routers-table: $(STAMP)
 	$(BIN)/python benchmarks/routers_train.py

@@ -226,3 +226,13 @@ def test_impossible_models_are_refused(run, tiny):
 def test_a_window_beyond_the_context_is_refused(olmoe, tokenizer, corpus, tmp_path):
     with pytest.raises(UserError, match=r"evaluation\.window 65 exceeds the model's context of 64"):
         tune(olmoe, tokenizer, corpus, tmp_path, protocol=EvaluationSettings(window=65))
+
+
+def test_the_original_is_timed_bare_and_the_choice_rerouted(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("crossways.tuning.timing._score", lambda model, ids: seen.append(handle_of(model)))
+    result = run(rounds=4, decode_rows=())
+    rules = [None if handle is None else handle.rule for handle in seen]
+    assert rules.count(None) == rules.count(result.chosen.setting.rule) == 5
+    assert rules[2:4] in ([None, rules[3]], [rules[2], None])
+    assert rules[2:4] == rules[6:8] != rules[4:6]
