@@ -145,7 +145,7 @@ def test_nothing_is_chosen_when_nothing_qualifies(run, tmp_path):
 
 def test_a_choice_that_other_text_contradicts_is_not_saved(run, tmp_path, monkeypatch):
     worse = Difference(0.5, 0.4, 0.6, 30)
-    monkeypatch.setattr("crossways.tuning.tune.paired_difference", lambda *_, **__: worse)
+    monkeypatch.setattr("crossways.tuning.confirm.paired_difference", lambda *_, **__: worse)
     result = run()
     assert result.chosen is not None
     assert result.confirmation.verdict == "contradicted"

@@ -8,18 +8,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from crossways.study.atomic import write_text_atomic
-from crossways.tuning.choose import Verdict, efficient, qualifies
-from crossways.tuning.compare import Difference
+from crossways.tuning.choose import efficient, qualifies
+from crossways.tuning.confirm import Confirmation
 from crossways.tuning.cost import PairCosts
 from crossways.tuning.families import OwnRouting
 from crossways.tuning.frontier import Point
-from crossways.tuning.score import Scored
 from crossways.tuning.sensitivity import Sensitivity
 from crossways.tuning.settings import LossLimit
 from crossways.tuning.timing import Timing
@@ -27,24 +25,6 @@ from crossways.tuning.timing import Timing
 FRONTIER, TABLE, PAGE = "frontier.json", "frontier.csv", "report.html"
 CHECKPOINT, WINDOWS = "model", "confirmation.npz"
 """Files of a tuning in its folder."""
-
-
-@dataclass(frozen=True)
-class Confirmation:
-    """The chosen setting on text that played no part in choosing it."""
-
-    original: Scored
-    chosen: Scored
-    difference: Difference
-    original_flops: float
-    """Executed expert FLOPs per token."""
-    chosen_flops: float
-    verdict: Verdict
-
-    @property
-    def saved(self) -> float:
-        """Share of the original's executed expert FLOPs that is saved."""
-        return 1.0 - self.chosen_flops / self.original_flops
 
 
 @dataclass(frozen=True)
@@ -144,8 +124,3 @@ def _row(point: Point, result: TuningResult) -> dict[str, Any]:
         "qualifies": qualifies(point, result.original, result.limit),
         "chosen": point is result.chosen,
     }
-
-
-def frontier_points(result: TuningResult) -> Sequence[Point]:
-    """The settings that no other beats."""
-    return efficient(result.points, result.original)

@@ -11,7 +11,7 @@ from crossways.tuning.timing import Timing
 
 
 def settings_table(result: TuningResult) -> Table:
-    """Every setting, by rising cost within its family and allocation."""
+    """Every setting, in the order in which they were measured."""
     texts = result.protocol["texts"]["tuning"]
     caption = f"{texts['documents']} documents, {texts['tokens']} tokens to choose on; † looks at later tokens"
     table = Table(title=Text(result.model), caption=caption, caption_justify="left", title_justify="left")

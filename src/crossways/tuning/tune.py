@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from crossways.surgery.reroute import reroute
 from crossways.training.corpus import Corpus
 from crossways.tuning.bench import Bench
 from crossways.tuning.check import check_in_fresh_process, save_text
-from crossways.tuning.choose import choose, verdict_of, why_none
-from crossways.tuning.compare import paired_difference
+from crossways.tuning.choose import choose, why_none
+from crossways.tuning.confirm import confirm, why_not
 from crossways.tuning.cost import PairCosts, pair_costs
 from crossways.tuning.families import FAMILIES, Family, OwnRouting, own_routing
-from crossways.tuning.frontier import Point, all_settings, measure, own_setting, sensitivities_of
+from crossways.tuning.frontier import all_settings, measure, own_setting, sensitivities_of
 from crossways.tuning.page import write_page
-from crossways.tuning.result import CHECKPOINT, PAGE, WINDOWS, Confirmation, TuningResult, write_evidence
+from crossways.tuning.result import CHECKPOINT, PAGE, WINDOWS, TuningResult, write_evidence
 from crossways.tuning.sensitivity import level_budgets
 from crossways.tuning.settings import LossLimit, TuningSettings, loss_limit
 from crossways.tuning.store import Store, model_digest
@@ -81,60 +81,86 @@ def tune(
     """
     settings, protocol = settings or TuningSettings(), protocol or EvaluationSettings()
     limit = loss_limit(max_loss)
-    families = [FAMILIES[name] for name in settings.families]
+    families = tuple(FAMILIES[name] for name in settings.families)
     if all(family.leaky for family in families):
         raise UserError(f"tuning.families {settings.families} are all leaky, and none of them may be chosen; add one")
     out = Path(out)
-    with locked(out, "tuning"):
-        return _tune(model.eval(), tokenizer, corpus, out, limit, families, settings, protocol, verify, console)
+    with locked(out, "tuning"), _evaluating(model):
+        own, costs = _read(model, protocol)
+        texts = make_texts(tokenizer, corpus, protocol, settings)
+        job = _Job(model, tokenizer, texts, families, own, costs, limit, settings, protocol, out)
+        bench, result = _measure(job, console)
+        shutil.rmtree(out / CHECKPOINT, ignore_errors=True)  # of an earlier choice, which this one replaces
+        if result.chosen is not None and not result.reason:
+            result = _save(job, bench, result, verify=verify)
+        write_evidence(result, out)
+        write_page(result, out / PAGE)
+        return result
 
 
-def _tune(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    corpus: Corpus,
-    out: Path,
-    limit: LossLimit,
-    families: Sequence[Family],
-    settings: TuningSettings,
-    protocol: EvaluationSettings,
-    verify: bool,
-    console: Console | None,
-) -> TuningResult:
-    own, costs = _read(model, protocol)
-    texts = make_texts(tokenizer, corpus, protocol, settings)
-    dtype = getattr(torch, protocol.dtype)
-    common = {"model": model_digest(model), "dtype": protocol.dtype, "device": str(model.device)}
-    with _bar(console, _steps(families, own, settings)) as advance:
-        bench = Bench(model, Store(out / "measured", common), texts.calibration, dtype, advance)
-        sensitivities = sensitivities_of(bench, families, own, settings, texts.sensitivity)
-        original = measure(bench, own_setting(own), texts.tuning, costs, None, settings)
-        tried = all_settings(families, own, settings, sensitivities, costs)
-        points = [measure(bench, each, texts.tuning, costs, original.scored, settings) for each in tried]
-        chosen = choose(points, original, limit)
-        confirmation = _confirm(bench, original, chosen, texts, costs, limit, settings) if chosen else None
-    result = TuningResult(
-        model=str(getattr(model, "name_or_path", "") or type(model).__name__),
-        own=own,
-        limit=limit,
+@dataclass(frozen=True)
+class _Job:
+    """What a tuning works on."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    texts: Texts
+    families: tuple[Family, ...]
+    own: OwnRouting
+    costs: PairCosts
+    limit: LossLimit
+    settings: TuningSettings
+    protocol: EvaluationSettings
+    out: Path
+
+
+def _measure(job: _Job, console: Console | None) -> tuple[Bench, TuningResult]:
+    """Everything but times and the checkpoint."""
+    settings, texts, costs = job.settings, job.texts, job.costs
+    common = {"model": model_digest(job.model), "dtype": job.protocol.dtype, "device": str(job.model.device)}
+    store = Store(job.out / "measured", common)
+    with _progress(console, _steps(job)) as advance:
+        bench = Bench(job.model, store, texts.calibration, getattr(torch, job.protocol.dtype), advance)
+        sensitivities = sensitivities_of(bench, job.families, job.own, settings, texts.sensitivity)
+        original = measure(bench, own_setting(job.own), texts.tuning, costs, None, settings)
+        tried = all_settings(job.families, job.own, settings, sensitivities, costs)
+        points = tuple(measure(bench, each, texts.tuning, costs, original.scored, settings) for each in tried)
+        chosen = choose(points, original, job.limit)
+        reason, confirmation = why_none(points, original, job.limit) if chosen is None else "", None
+        if chosen is not None:
+            confirmation = confirm(bench, original, chosen, texts.confirmation, costs, job.limit, settings)
+            reason = why_not(confirmation, job.limit)
+    return bench, TuningResult(
+        model=str(getattr(job.model, "name_or_path", "") or type(job.model).__name__),
+        own=job.own,
+        limit=job.limit,
         costs=costs,
         original=original,
-        points=tuple(points),
+        points=points,
         sensitivities=sensitivities,
         chosen=chosen,
-        reason=_reason(points, original, confirmation, limit),
+        reason=reason,
         confirmation=confirmation,
         timing=None,
         checkpoint=None,
         reload=None,
-        protocol=_protocol(model, texts, settings, protocol),
+        protocol=_facts(job),
     )
-    shutil.rmtree(out / CHECKPOINT, ignore_errors=True)  # of an earlier choice, which this one replaces
-    if chosen is not None and not result.reason:
-        result = _save(bench, tokenizer, texts, chosen, result, settings, out, verify=verify)
-    write_evidence(result, out)
-    write_page(result, out / PAGE)
-    return result
+
+
+def _save(job: _Job, bench: Bench, result: TuningResult, *, verify: bool) -> TuningResult:
+    """Time the choice, write it, and let a fresh process load it."""
+    assert result.chosen is not None
+    rule, estimates = result.chosen.setting.rule, result.chosen.estimates
+    text = job.texts.confirmation
+    timing = time_both(bench, rule, estimates, text, job.settings) if job.settings.rounds else None
+    with bench.routed(rule, estimates):
+        job.model.save_pretrained(job.out / CHECKPOINT)
+    job.tokenizer.save_pretrained(job.out / CHECKPOINT)
+    save_text(text, job.out / WINDOWS)
+    result = replace(result, timing=timing, checkpoint=job.out / CHECKPOINT)
+    write_evidence(result, job.out)  # the fresh process reads it
+    return replace(result, reload=check_in_fresh_process(job.out)) if verify else result
 
 
 def _read(model: Any, protocol: EvaluationSettings) -> tuple[OwnRouting, PairCosts]:
@@ -154,68 +180,12 @@ def _read(model: Any, protocol: EvaluationSettings) -> tuple[OwnRouting, PairCos
         return own_routing(handle), pair_costs(model)
 
 
-def _confirm(
-    bench: Bench,
-    original: Point,
-    chosen: Point,
-    texts: Texts,
-    costs: PairCosts,
-    limit: LossLimit,
-    settings: TuningSettings,
-) -> Confirmation:
-    before, after = (
-        bench.score(point.setting.rule, point.estimates, texts.confirmation) for point in (original, chosen)
-    )
-    difference = paired_difference(
-        after, before, confidence=settings.confidence, resamples=settings.resamples, seed=settings.seed
-    )
-    return Confirmation(
-        original=before,
-        chosen=after,
-        difference=difference,
-        original_flops=costs.per_token(before.executed_L),
-        chosen_flops=costs.per_token(after.executed_L),
-        verdict=verdict_of(difference, limit),
-    )
-
-
-def _reason(points: Sequence[Point], original: Point, confirmation: Confirmation | None, limit: LossLimit) -> str:
-    if confirmation is None:
-        return why_none(points, original, limit)
-    if confirmation.verdict != "contradicted":
-        return ""
-    return (
-        f"the choice was not borne out: on other text it loses {confirmation.difference.nats:.4f} nats per token, "
-        f"beyond {limit.text} ({limit.nats:.4f}); choose on more text (tuning.tuning_tokens) or with more confidence"
-    )
-
-
-def _save(
-    bench: Bench,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Texts,
-    chosen: Point,
-    result: TuningResult,
-    settings: TuningSettings,
-    out: Path,
-    *,
-    verify: bool,
-) -> TuningResult:
-    rule, estimates = chosen.setting.rule, chosen.estimates
-    timing = time_both(bench, rule, estimates, texts.confirmation, settings) if settings.rounds else None
-    with bench.routed(rule, estimates):
-        bench.model.save_pretrained(out / CHECKPOINT)
-    tokenizer.save_pretrained(out / CHECKPOINT)
-    save_text(texts.confirmation, out / WINDOWS)
-    result = replace(result, timing=timing, checkpoint=out / CHECKPOINT)
-    write_evidence(result, out)  # the fresh process reads it
-    return replace(result, reload=check_in_fresh_process(out)) if verify else result
-
-
-def _protocol(model: Any, texts: Texts, settings: TuningSettings, protocol: EvaluationSettings) -> dict[str, Any]:
+def _facts(job: _Job) -> dict[str, Any]:
+    """How it is measured."""
+    model, protocol = job.model, job.protocol
     sizes = {
         name: {"documents": len(text.token_D), "tokens": text.tokens, "digest": text.digest}
-        for name, text in vars(texts).items()
+        for name, text in vars(job.texts).items()
     }
     conditions = {
         "threads": torch.get_num_threads(),
@@ -229,29 +199,50 @@ def _protocol(model: Any, texts: Texts, settings: TuningSettings, protocol: Eval
         "batch_size": protocol.batch_size,
         "boundaries": "each document alone, after one end-of-text token",
         "texts": sizes,
-        "settings": settings.model_dump(mode="json"),
+        "settings": job.settings.model_dump(mode="json"),
         "conditions": conditions,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def _steps(families: Sequence[Family], own: OwnRouting, settings: TuningSettings) -> int:
+def _steps(job: _Job) -> int:
     """About how many measurements there will be."""
-    measured = dict.fromkeys(FAMILIES[family.sensitivities_of or family.name] for family in families)
+    own, settings = job.own, job.settings
     steps = 3  # the original, and two confirmations
-    for family in measured:
+    for family in dict.fromkeys(FAMILIES[family.sensitivities_of or family.name] for family in job.families):
         steps += 1 + family.calibrated + sum(len(level_budgets(family, k, settings.levels)) for k in own.k_L)
     cut = sum(share < 1 for share in settings.budgets)
-    for family in families:
+    for family in job.families:
         uniform = max(own.k_L) - 1 if family.integral else len(settings.budgets)
         steps += (uniform + cut) * (1 + family.calibrated)
     return steps
 
 
 @contextmanager
-def _bar(console: Console | None, steps: int) -> Iterator[Any]:
+def _progress(console: Console | None, steps: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal; in a log, a line for each tenth."""
+    terminal = console is not None and console.is_terminal
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None or not console.is_terminal) as bar:
-        task = bar.add_task("measuring", total=steps)
-        yield lambda: bar.advance(task)
+    with Progress(*columns, console=console, disable=not terminal) as bar:
+        task, done = bar.add_task("measuring", total=steps), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            bar.advance(task)
+            if console is not None and not terminal and 10 * done // steps > 10 * (done - 1) // steps:
+                console.print(f"{done} of about {steps} measurements", highlight=False)
+
+        yield advance
         bar.update(task, completed=steps)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, and as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
