@@ -64,10 +64,11 @@ SMOLLM2 ?= runs/smollm2-moe/qwen2-moe
 
 tune-smollm2: $(STAMP)
 	test -d $(SMOLLM2) || $(MAKE) smollm2-moe
-	$(BIN)/crossways tune $(SMOLLM2) --out runs/tune-smollm2 --max-loss 2% --set evaluation.batch_size=4 \
-	  --set tuning.document_tokens=128 --set tuning.tuning_tokens=2048 --set tuning.confirmation_tokens=4096 \
-	  --set tuning.calibration_tokens=1024 --set tuning.sensitivity_tokens=512 \
-	  --set 'tuning.levels=[0.375]' --set 'tuning.budgets=[0.85,0.7,0.55]'
+	$(BIN)/crossways tune $(SMOLLM2) --out runs/tune-smollm2 --max-loss 5% --set evaluation.batch_size=4 \
+	  --set tuning.document_tokens=128 --set tuning.tuning_tokens=1536 --set tuning.confirmation_tokens=3072 \
+	  --set tuning.calibration_tokens=1024 --set tuning.sensitivity_tokens=256 \
+	  --set 'tuning.levels=[0.5]' --set 'tuning.budgets=[0.95,0.85,0.7]' \
+	  --set 'tuning.families=[token-choice,token-choice-kept,usmoe,usmoe-threshold,threshold-kept]'
 
 routers-table: $(STAMP)
 	$(BIN)/python benchmarks/routers_train.py

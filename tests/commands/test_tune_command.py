@@ -94,7 +94,7 @@ def test_nothing_to_choose_is_exit_code_one(crossways, saved):
         (("--set", "tuning.levels=[2]"), "tuning.levels"),
         (("--set", "tuning.familes=[threshold]"), "tuning.familes"),
         (("--set", "tuning.families=[usmo]"), "unknown families ['usmo']; known: token-choice"),
-        (("--set", "tuning.families=[usmoe]"), "all leaky"),
+        (("--set", "tuning.families=[usmoe]"), "none may be chosen"),
         (("--set", "evaluation.window=100"), "exceeds the model's context of 64"),
         (("--set", "corpus.validation_fraction=0.05"), "2 validation documents, which leaves 1 to choose on"),
         (("--corpus", "nowhere.txt"), "nowhere.txt"),

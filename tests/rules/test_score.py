@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from crossways.errors import UserError
 from crossways.rules.probe import Properties, check_score, probe_score
-from crossways.rules.score import Relu, Sigmoid, Softmax, SqrtSoftplus, Unified, build_score, score_catalogue
+from crossways.rules.score import (
+    AmongTop,
+    Relu,
+    Sigmoid,
+    Softmax,
+    SqrtSoftplus,
+    Unified,
+    build_score,
+    score_catalogue,
+)
 
 LOG2, LOG3 = math.log(2), math.log(3)
 LOGITS_BSE = torch.tensor([[[0.0, LOG2, LOG3, 0.0]]])
@@ -29,6 +38,21 @@ def test_relu_by_hand():
 def test_sigmoid_by_hand():
     # sigmoid(log a) = a / (1 + a)
     torch.testing.assert_close(Sigmoid()(LOGITS_BSE)[0, 0], torch.tensor([1 / 2, 2 / 3, 3 / 4, 1 / 2]))
+
+
+def test_among_top_by_hand():
+    # softmax 1, 2, 3, 1 of 7; the two greatest sum to 5 / 7
+    torch.testing.assert_close(AmongTop(2)(LOGITS_BSE)[0, 0], torch.tensor([1, 2, 3, 1]) / 5)
+    # sigmoid 1/2, 2/3, 3/4, 1/2; the three greatest sum to 23 / 12
+    expected_E = torch.tensor([6 / 23, 8 / 23, 9 / 23, 6 / 23])
+    torch.testing.assert_close(AmongTop(3, "sigmoid")(LOGITS_BSE)[0, 0], expected_E)
+    torch.testing.assert_close(AmongTop(9)(LOGITS_BSE), Softmax()(LOGITS_BSE))
+
+
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"k": 1.5}, {"k": True}, {"of": "relu"}])
+def test_impossible_fields_of_among_top_are_refused(wrong):
+    with pytest.raises(UserError, match="among_top"):
+        build_score({"name": "among_top", **wrong})
 
 
 def test_unified_by_hand():

@@ -78,6 +78,33 @@ def test_levels_are_whole_and_at_least_one_where_they_must_be():
     assert level_budgets(threshold, 2, (0.25, 0.5)) == (0.5, 1.0)
 
 
+def test_kept_weights_are_those_among_the_own_experts(qwen):
+    """In a model that scales weights to sum to one, each pair that is still chosen weighs what it did."""
+    qwen.model.layers[1].mlp.gate.norm_topk_prob = True
+    qwen.model.layers[2].mlp.gate.norm_topk_prob = True
+    qwen.model.layers[3].mlp.gate.norm_topk_prob = True
+    ids = torch.arange(2, 30)[None]
+    family = FAMILIES["token-choice-kept"]
+    with torch.no_grad(), reroute(qwen, "own") as handle:
+        own = own_routing(handle)
+        before = qwen(ids).logits
+        whole = handle.blocks[0].routing.assignment.to_dense()
+    assert family.applies(own)
+    assert own.kept_score == {"name": "among_top", "k": 4, "of": "softmax"}
+    with torch.no_grad(), reroute(qwen, family_rule(family, own, own.k_L)):
+        torch.testing.assert_close(qwen(ids).logits, before)
+    with torch.no_grad(), reroute(qwen, family_rule(family, own, (2, 4, 4))) as handle:
+        qwen(ids)
+        cut = handle.blocks[0].routing.assignment.to_dense()
+    assert ((cut > 0).sum(-1) == 2).all()
+    torch.testing.assert_close(cut[cut > 0], whole[cut > 0])
+
+
+def test_a_model_that_keeps_weights_anyway_needs_no_family_for_it(own):
+    assert own.kept_score is None
+    assert not FAMILIES["threshold-kept"].applies(own)
+
+
 def test_the_rules_of_a_family_keep_what_is_the_models_own(qwen):
     with reroute(qwen, "own") as handle:
         own = own_routing(handle)

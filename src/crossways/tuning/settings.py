@@ -31,7 +31,9 @@ class TuningSettings(Settings):
 
     families: Annotated[tuple[str, ...], AfterValidator(_known)] = tuple(FAMILIES)
     """Ways to route that are compared: `token-choice` (the model's own), `usmoe` (leaky, never chosen),
-    `usmoe-threshold` (its causal twin), `threshold` (the model's own score above a calibrated cutoff)."""
+    `usmoe-threshold` (its causal twin), `threshold` (the model's own score above a calibrated cutoff). Those ending
+    in `-kept` leave the weights of chosen experts as they are among the own k; they are passed over for models that
+    do so anyway."""
     budgets: tuple[Fraction, ...] = Field(default=(1.0, 0.85, 0.7, 0.55, 0.4), min_length=1)
     """Points of each frontier, as shares of the model's own experts per token. Sensible: 0.2 to 1."""
     levels: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = Field(default=(0.25, 0.5, 0.75), min_length=1)

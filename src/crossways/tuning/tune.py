@@ -82,11 +82,15 @@ def tune(
     settings, protocol = settings or TuningSettings(), protocol or EvaluationSettings()
     limit = loss_limit(max_loss)
     families = tuple(FAMILIES[name] for name in settings.families)
-    if all(family.leaky for family in families):
-        raise UserError(f"tuning.families {settings.families} are all leaky, and none of them may be chosen; add one")
     out = Path(out)
     with locked(out, "tuning"), _evaluating(model):
         own, costs = _read(model, protocol)
+        families = tuple(family for family in families if family.applies(own))
+        if all(family.leaky for family in families):
+            raise UserError(
+                f"of tuning.families {settings.families} none may be chosen: USMoE's global budget looks at later "
+                "tokens, and weights are kept anyway by a model that does not scale them to sum to one; add another"
+            )
         texts = make_texts(tokenizer, corpus, protocol, settings)
         job = _Job(model, tokenizer, texts, families, own, costs, limit, settings, protocol, out)
         bench, result = _measure(job, console)

@@ -1,5 +1,6 @@
 """Scores: maps from router logits to non-negative scores. One file per idea; `base.Score` is the contract."""
 
+from crossways.rules.score.among_top import AmongTop
 from crossways.rules.score.base import Score, build_score, score_catalogue
 from crossways.rules.score.relu import Relu
 from crossways.rules.score.sigmoid import Sigmoid
@@ -9,6 +10,7 @@ from crossways.rules.score.token_softmax import TokenSoftmax
 from crossways.rules.score.unified import Unified
 
 __all__ = [
+    "AmongTop",
     "Relu",
     "Score",
     "Sigmoid",
