@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crossways.tuning.choose import qualifies
+from crossways.tuning.frontier import Point
 from crossways.tuning.result import TuningResult
 from crossways.tuning.timing import Timing
 
@@ -13,25 +14,35 @@ from crossways.tuning.timing import Timing
 def settings_table(result: TuningResult) -> Table:
     """Every setting, in the order in which they were measured."""
     texts = result.protocol["texts"]["tuning"]
-    caption = f"{texts['documents']} documents, {texts['tokens']} tokens to choose on; † looks at later tokens"
+    caption = (
+        f"{texts['documents']} documents, {texts['tokens']} tokens to choose on; executed experts per token, their "
+        "FLOPs as a share of the original's; † looks at later tokens"
+    )
     table = Table(title=Text(result.model), caption=caption, caption_justify="left", title_justify="left")
-    table.add_column("setting")
-    for name in ("experts / token", "expert FLOPs", "perplexity", "loss, nats", "at most"):
+    table.add_column("setting", no_wrap=True)
+    for name in ("experts", "FLOPs", "perplexity", "loss, nats", "at most"):
         table.add_column(name, justify="right")
     table.add_column("")
     for point in (result.original, *result.points):
         mark = "qualifies" if qualifies(point, result.original, result.limit) else ""
         table.add_row(
-            point.setting.label + (" †" if point.setting.leaky else ""),
+            _name(point),
             f"{point.scored.budget:.3f}",
             f"{point.flops / result.original.flops:.1%}",
-            f"{point.scored.perplexity:.3f}",
+            f"{point.scored.perplexity:.4g}",
             f"{point.difference.nats:+.4f}",
             f"{point.difference.upper:+.4f}",
             "chosen" if point is result.chosen else mark,
             style="bold" if point is result.chosen else "dim" if point.setting.leaky else None,
         )
     return table
+
+
+def _name(point: Point) -> str:
+    setting = point.setting
+    if setting.allocation == "own":
+        return setting.label
+    return f"{setting.family}, {setting.allocation}" + (" †" if setting.leaky else "")
 
 
 def timing_table(timing: Timing) -> Table:

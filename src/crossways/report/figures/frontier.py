@@ -61,16 +61,17 @@ def frontier_figure(trails: Sequence[Trail], original: Spot, chosen: Spot | None
     for trail in trails:
         _trail(figure, trail)
     figure.add_hline(y=limit, line={"color": MUTED, "dash": "dash", "width": 1.5})
-    figure.add_annotation(
-        {"x": 0, "xref": "paper", "y": limit, "text": f"limit {limit:.2f}", "showarrow": False}
-        | {"xanchor": "left", "yanchor": "bottom", "font": {"size": 12, "color": MUTED}}
-    )
     _mark(figure, original, "the model as it is", {"symbol": "star", "size": 15, "color": INK})
     if chosen is not None:
         ring = {"symbol": "circle-open", "size": 20, "color": INK, "line": {"width": 2.5}}
         _mark(figure, chosen, "chosen", ring)
     _titles(figure, "executed experts per token, mean over layers", "perplexity per token")
-    figure.layout.yaxis.range = _window([*(s for trail in trails for s in trail.spots), original], limit)
+    _frame(figure, [*(spot for trail in trails for spot in trail.spots), original], limit)
+    logarithmic = figure.layout.yaxis.type == "log"  # where an annotation, unlike a line, stands at the logarithm
+    figure.add_annotation(
+        {"x": 0, "xref": "paper", "y": math.log10(limit) if logarithmic else limit, "text": f"limit {limit:.2f}"}
+        | {"xanchor": "left", "yanchor": "bottom", "font": {"size": 12, "color": MUTED}, "showarrow": False}
+    )
     return figure
 
 
@@ -138,14 +139,22 @@ def _mark(figure: go.Figure, spot: Spot, name: str, marker: Mapping[str, object]
     )
 
 
-def _window(spots: Sequence[Spot], limit: float) -> list[float]:
-    """From a little below the best to what shows the limit in the lower third, or to the worst if that is nearer: a
-    budget cut too far would flatten all else."""
-    finite = [spot.perplexity for spot in spots if math.isfinite(spot.perplexity)]
-    low, high = min(finite), max(max(finite), limit)
-    top = min(high, low + 6 * max(limit - low, 0.02 * low))
-    pad = 0.08 * (top - low)
-    return [low - pad, top + pad]
+def _frame(figure: go.Figure, spots: Sequence[Spot], limit: float) -> None:
+    """Show what lies near the limit, and half of all settings in any case; on a logarithmic axis if that is a wide
+    range. A budget cut much too far would flatten all else."""
+    finite = sorted(spot.perplexity for spot in spots if math.isfinite(spot.perplexity))
+    low = finite[0]
+    top = max(low + 6 * max(limit - low, 0.02 * low), finite[len(finite) // 2])
+    top = min(top, max(finite[-1], limit))
+    inside = [spot.budget for spot in spots if spot.perplexity <= top]
+    pad = 0.06 * (max(inside) - min(inside)) or 0.1
+    figure.layout.xaxis.range = [min(inside) - pad, max(inside) + pad]
+    if top > 2.5 * low:
+        ticks = [digit * 10.0**power for power in range(8) for digit in (1, 1.5, 2, 3, 5, 7)]
+        figure.layout.yaxis.update(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+        figure.layout.yaxis.range = [math.log10(low) - 0.08 * math.log10(top / low), math.log10(1.05 * top)]
+    else:
+        figure.layout.yaxis.range = [low - 0.12 * (top - low), top + 0.08 * (top - low)]
 
 
 def _titles(figure: go.Figure, x: str, y: str) -> None:
