@@ -19,8 +19,8 @@ from crossways.commands.harness import harness_command
 from crossways.commands.reroute import reroute_command
 from crossways.commands.routers import routers_command
 from crossways.commands.terminal import no_bars_in_logs
-from crossways.commands.upcycle import upcycle_command
 from crossways.commands.tune import tune_command
+from crossways.commands.upcycle import upcycle_command
 from crossways.errors import UserError
 
 app = typer.Typer(
