@@ -64,7 +64,7 @@ SMOLLM2 ?= runs/smollm2-moe/qwen2-moe
 
 tune-smollm2: $(STAMP)
 	test -d $(SMOLLM2) || $(MAKE) smollm2-moe
-	$(BIN)/crossways tune $(SMOLLM2) --out runs/tune-smollm2 --max-loss 5% --set evaluation.batch_size=4 \
+	$(BIN)/crossways tune $(SMOLLM2) --out runs/tune-smollm2 --max-loss 15% --set evaluation.batch_size=4 \
 	  --set tuning.document_tokens=128 --set tuning.tuning_tokens=1536 --set tuning.confirmation_tokens=3072 \
 	  --set tuning.calibration_tokens=1024 --set tuning.sensitivity_tokens=256 \
 	  --set 'tuning.levels=[0.5]' --set 'tuning.budgets=[0.95,0.85,0.7]' \
