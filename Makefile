@@ -59,7 +59,7 @@ docs: $(STAMP)
 	page = Path('docs/recipes.md'); mark = '<!-- printed by \`crossways recipes --reference\` -->'; \
 	page.write_text(page.read_text().split(mark)[0] + mark + '\n' + text())"
 
-# The frontier of SmolLM2 as a mixture of experts, on few tokens: some minutes on two quiet cores.
+# The frontier of SmolLM2 as a mixture of experts, on few tokens: up to half an hour.
 SMOLLM2 ?= runs/smollm2-moe/qwen2-moe
 
 tune-smollm2: $(STAMP)
