@@ -15,13 +15,14 @@ from torch.nn import functional
 from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.experts.activation import Activation
+from crossways.experts.fused import fused, why_not_fused
 from crossways.experts.grouped import grouped
 from crossways.experts.loop import loop
 from crossways.experts.naive import naive
 from crossways.experts.peers import PREFIX, peer_names, run_peer, why_not_peer
 from crossways.experts.triton import triton_experts, why_not_triton
 
-_OURS = {"naive": naive, "loop": loop, "grouped_mm": grouped, "triton": triton_experts}
+_OURS = {"naive": naive, "fused": fused, "loop": loop, "grouped_mm": grouped, "triton": triton_experts}
 _TAKE_SLACK = ("triton", "grouped_mm")
 """Who can work without knowing the number of pairs on the host."""
 
@@ -41,6 +42,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         raise UserError(f"unknown experts backend {name!r}; choose auto or one of {', '.join(backends())}")
     if name == "loop" and device.type != "cpu":
         return f"it reads the expert loads on the host, so it is for CPU tensors, and these are on {device.type}"
+    if name == "fused":
+        return why_not_fused(device, dtype)
     if name == "grouped_mm":
         return _why_not_grouped(device, dtype)
     if name == "triton":
