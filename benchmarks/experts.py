@@ -82,7 +82,7 @@ def build(shape: str, dtype: torch.dtype) -> Problem:
         return run
 
     module = _peer_module(width, expert_width, experts, up_EHD, down_EDF)
-    contenders = {"dense": dense, **{name: ours(name) for name in ("naive", "loop", "grouped_mm")}}
+    contenders = {"dense": dense, **{name: ours(name) for name in ("naive", "fused", "loop", "grouped_mm")}}
     for peer in PEERS:
         bytes_copied = tokens * k * up_EHD[0].numel() * up_EHD.element_size()
         if peer != "batched_mm" or bytes_copied < BATCHED_LIMIT:

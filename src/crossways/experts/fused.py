@@ -118,5 +118,4 @@ class _Fused(torch.autograd.Function):
 
 
 def _call(function: Any, problem: _Problem, dtype: torch.dtype) -> None:
-    if not function(ctypes.byref(problem), int(dtype == torch.bfloat16)):
-        raise MemoryError("out of memory in the experts' C++ kernel")
+    function(ctypes.byref(problem), int(dtype == torch.bfloat16))

@@ -31,12 +31,28 @@ struct Kind<bf16> {
   static constexpr int chunk = 16;
 };
 
-// Where the two halves of 32 left rows lie: element (r, s) of half h is half[h][r * row + s / 32 * step + s % 32 * next].
-// The matrix unit needs next = 1.
+// Where the two halves of 32 left rows lie: element (r, s) of half h is half[h][r * row + s / 32 * step + s % 32].
 template <class T>
 struct Left {
   const T* half[2];
-  int64_t row, step, next = 1;
+  int64_t row, step;
+};
+
+// Which rows of a left operand that comes later to bring into the cache.
+template <class T>
+struct Ahead {
+  const Left<T>* left;
+  int first, last;
+  Ahead part(int at, int count) const {  // the share of `count` of 32 rows of the operand at work
+    return {left, first + (last - first) * at / SIDE, first + (last - first) * (at + count) / SIDE};
+  }
+  void fetch(int64_t s) const {
+    if (!left) return;
+    for (int r = first; r < last; r++) {
+      auto* at = reinterpret_cast<const char*>(left->half[r / 16] + r % 16 * left->row + s * left->step);
+      for (size_t line = 0; line < SIDE * sizeof(T); line += 64) _mm_prefetch(at + line, _MM_HINT_T1);
+    }
+  }
 };
 
 // Right panels: word (s, c) of panel p is words[p * panel + s / 32 * step + (s % 32 / per_word) * row + c].
@@ -60,82 +76,108 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, int from, int to, float* c, bool add) {
+// One block on the matrix unit; with `both` false its right half is left as it is.
+template <bool both>
+inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, int64_t from, int64_t to, float* c,
+                  bool add, const Ahead<bf16>& ahead) {
   if (add) {
     _tile_loadd(0, c, 128);
-    _tile_loadd(1, c + 16, 128);
     _tile_loadd(2, c + 512, 128);
-    _tile_loadd(3, c + 528, 128);
+    if (both) _tile_loadd(1, c + 16, 128);
+    if (both) _tile_loadd(3, c + 528, 128);
   } else {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int s = from; s < to; s++) {
+  for (int64_t s = from / SIDE; s * SIDE < to; s++) {
     const uint32_t* words = b + s * right.step;
     _tile_loadd(4, a.half[0] + s * a.step, a.row * 2);
     _tile_loadd(6, words, right.row * 4);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, words + 16, right.row * 4);
-    _tile_dpbf16ps(1, 4, 7);
+    if (both) _tile_loadd(7, words + 16, right.row * 4);
+    if (both) _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, a.half[1] + s * a.step, a.row * 2);
     _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if (both) _tile_dpbf16ps(3, 5, 7);
+    ahead.fetch(s);
   }
   _tile_stored(0, c, 128);
-  _tile_stored(1, c + 16, 128);
   _tile_stored(2, c + 512, 128);
-  _tile_stored(3, c + 528, 128);
+  if (both) _tile_stored(1, c + 16, 128);
+  if (both) _tile_stored(3, c + 528, 128);
 }
 #else
 inline bool matrix_unit() { return false; }
-struct Tiles {};
-inline void block(const Left<bf16>&, const uint32_t*, const Right&, int, int, float*, bool) {}
+struct Tiles {
+  Tiles() {}
+};
+template <bool both>
+inline void block(const Left<bf16>&, const uint32_t*, const Right&, int64_t, int64_t, float*, bool,
+                  const Ahead<bf16>&) {}
 #endif
 
-template <int rows>
-inline void rows_block(const float* a, const Left<float>& left, const float* b, const Right& right, int from, int to,
-                       float* c, bool add) {
-  Vec sum[rows][2];
+constexpr int ROWS = 8;  // times two vectors: as many sums as hide the latency of an addition
+
+template <bool both>
+inline void rows_block(const float* a, const Left<float>& left, const uint32_t* b, const Right& right, int64_t from,
+                       int64_t to, float* c, bool add, const Ahead<float>& ahead) {
+  Vec sum[ROWS][2] = {};
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; i++) {
-    sum[i][0] = add ? _mm512_loadu_ps(c + i * SIDE) : _mm512_setzero_ps();
-    sum[i][1] = add ? _mm512_loadu_ps(c + i * SIDE + 16) : _mm512_setzero_ps();
+  for (int i = 0; i < ROWS; i++) {
+    if (add) sum[i][0] = _mm512_loadu_ps(c + i * SIDE);
+    if (add && both) sum[i][1] = _mm512_loadu_ps(c + i * SIDE + 16);
   }
-  for (int s = from; s < to; s++) {
-    const float *values = a + s * left.step, *words = b + s * right.step;
-    for (int k = 0; k < SIDE; k++) {
-      Vec b0 = _mm512_loadu_ps(words + k * right.row), b1 = _mm512_loadu_ps(words + k * right.row + 16);
+  for (int64_t s = from / SIDE; s * SIDE < to; s++) {
+    const float* values = a + s * left.step;
+    const float* words = reinterpret_cast<const float*>(b) + s * right.step;
+    const int64_t depth = std::min<int64_t>(SIDE, to - s * SIDE);
+    for (int64_t k = 0; k < depth; k++) {
+      Vec b0 = _mm512_loadu_ps(words + k * right.row), b1 = Vec{};
+      if (both) b1 = _mm512_loadu_ps(words + k * right.row + 16);
 #pragma GCC unroll 16
-      for (int i = 0; i < rows; i++) {
-        Vec x = _mm512_set1_ps(values[i * left.row + k * left.next]);
+      for (int i = 0; i < ROWS; i++) {
+        Vec x = _mm512_set1_ps(values[i * left.row + k]);
         sum[i][0] = _mm512_fmadd_ps(x, b0, sum[i][0]);
-        sum[i][1] = _mm512_fmadd_ps(x, b1, sum[i][1]);
+        if (both) sum[i][1] = _mm512_fmadd_ps(x, b1, sum[i][1]);
       }
     }
+    ahead.fetch(s);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; i++) {
+  for (int i = 0; i < ROWS; i++) {
     _mm512_storeu_ps(c + i * SIDE, sum[i][0]);
-    _mm512_storeu_ps(c + i * SIDE + 16, sum[i][1]);
+    if (both) _mm512_storeu_ps(c + i * SIDE + 16, sum[i][1]);
   }
 }
 
-inline void block(const Left<float>& a, const uint32_t* b, const Right& right, int from, int to, float* c, bool add) {
-  for (int half = 0; half < 2; half++)
-    for (int r = 0; r < 16; r += 8)
-      rows_block<8>(a.half[half] + r * a.row, a, reinterpret_cast<const float*>(b), right, from, to,
-                    c + (half * 16 + r) * SIDE, add);
+// One block on vectors; with `both` false its right half is left as it is.
+template <bool both>
+inline void block(const Left<float>& a, const uint32_t* b, const Right& right, int64_t from, int64_t to, float* c,
+                  bool add, const Ahead<float>& ahead) {
+  for (int r = 0; r < SIDE; r += ROWS)
+    rows_block<both>(a.half[r / 16] + r % 16 * a.row, a, b, right, from, to, c + r * SIDE, add, ahead.part(r, ROWS));
 }
 
-// c[p] (32 x 32 each) = left (32 x 32 steps) times panel p, or added to what c holds.
+// c[p] (32 x 32 each) = left (32 x depth) times panel p, or added to what c holds, for `columns` columns of panels.
+// Of a last panel of at most 16 columns the right half of c is left as it is. While it works it asks for the rows of
+// `next`, if there is one: products read new weights faster than the processor foresees.
 template <class T>
-inline void product(const Left<T>& left, const Right& right, int panels, int steps, float* c, bool add = false) {
-  for (int from = 0; from < steps; from += Kind<T>::chunk) {
-    int to = std::min(steps, from + Kind<T>::chunk);
-    for (int p = 0; p < panels; p++)
-      block(left, right.words + p * right.panel, right, from, to, c + p * BLOCK, add || from > 0);
+inline void product(const Left<T>& left, const Right& right, int64_t columns, int64_t depth, float* c,
+                    bool add = false, const Left<T>* next = nullptr) {
+  constexpr int64_t chunk = Kind<T>::chunk * SIDE;
+  const int64_t panels = (columns + SIDE - 1) / SIDE;
+  for (int64_t from = 0; from < depth; from += chunk) {
+    const int64_t to = std::min(depth, from + chunk);
+    for (int64_t p = 0; p < panels; p++) {
+      const uint32_t* words = right.words + p * right.panel;
+      const Ahead<T> ahead{next, int(SIDE * p / panels), int(SIDE * (p + 1) / panels)};
+      if (columns - p * SIDE > 16)
+        block<true>(left, words, right, from, to, c + p * BLOCK, add || from > 0, ahead);
+      else
+        block<false>(left, words, right, from, to, c + p * BLOCK, add || from > 0, ahead);
+    }
   }
 }
 

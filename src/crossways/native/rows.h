@@ -75,16 +75,17 @@ inline Left<T> pack_left(const T* const half[2], const int64_t count[2], int64_t
   return {{out, out + 16 * SIDE}, SIDE, BLOCK};
 }
 
-// `count` columns of `depth` rows of a matrix to 32 left rows, transposed: [depth / 32][32][32].
+// `depth` rows of `count` columns of a matrix to left rows, transposed: [count / 32][depth / 32][32][32].
 template <class T>
-inline Left<T> pack_columns(const T* from, int64_t stride, int64_t depth, int64_t count, T* out) {
+inline void pack_columns(const T* from, int64_t stride, int64_t depth, int64_t count, T* out) {
   constexpr int per = Kind<T>::per_word;
+  const int64_t steps = round_up(depth, SIDE) / SIDE;
   Words square[16];
-  for (int64_t at = 0; at < round_up(depth, SIDE); at += 16 * per)
-    for (int half = 0; half < 2; half++) {
-      const __mmask16 mask = first16(count - 16 * half);
+  for (int64_t at = 0; at < steps * SIDE; at += 16 * per)
+    for (int64_t column = 0; column < round_up(count, SIDE); column += 16) {
+      const __mmask16 mask = first16(count - column);
       for (int i = 0; i < 16; i++) {
-        const T* row = from + (at + i * per) * stride + 16 * half;
+        const T* row = from + (at + i * per) * stride + column;
         if constexpr (per == 1) {
           square[i] = at + i < depth ? _mm512_castps_si512(load(row, mask)) : Words{};
         } else {
@@ -95,10 +96,16 @@ inline Left<T> pack_columns(const T* from, int64_t stride, int64_t depth, int64_
         }
       }
       transpose(square);
-      for (int i = 0; i < 16; i++)
-        _mm512_storeu_si512(out + at / SIDE * BLOCK + (16 * half + i) * SIDE + at % SIDE, square[i]);
+      T* block = out + (column / SIDE * steps + at / SIDE) * BLOCK + column % SIDE * SIDE + at % SIDE;
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(block + i * SIDE, square[i]);
     }
-  return {{out, out + 16 * SIDE}, SIDE, BLOCK};
+}
+
+// Rows `block` * 32 and after of what `pack_columns` made.
+template <class T>
+inline Left<T> packed_rows(const T* packed, int64_t depth, int64_t block) {
+  const T* at = packed + block * round_up(depth, SIDE) * SIDE;
+  return {{at, at + 16 * SIDE}, SIDE, BLOCK};
 }
 
 // Columns of a block are tokens: add each to 32 values of its row; rows that are null do not exist.
