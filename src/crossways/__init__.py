@@ -34,3 +34,13 @@ def from_pretrained(path: Any, auto_class: Any = None, **kwargs: Any) -> Any:
     from crossways.surgery.reroute import from_pretrained as load
 
     return load(path, auto_class, **kwargs)
+
+
+def register_experts() -> None:
+    """Make `experts_implementation="crossways"` known to transformers: our expert compute in any Hugging Face MoE.
+
+    Explicit and idempotent, as `register`. `crossways.experts.experts_report(model)` says what then runs where.
+    """
+    from crossways.experts.register import register_experts as register_backend
+
+    register_backend()

@@ -65,16 +65,16 @@ def _why_not_grouped(device: torch.device, dtype: torch.dtype) -> str | None:
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that `name` means for tensors of this device and dtype.
 
-    `auto` is `loop` on a CPU; elsewhere the first of `triton`, `grouped_mm` and `naive` that runs, with a warning
-    that says why those before it do not. Any other name means itself: a backend that was asked for by name is never
-    replaced.
+    `auto` is the first that runs of `fused` and `loop` on a CPU, and of `triton`, `grouped_mm` and `naive` elsewhere,
+    with a warning that says why those before it do not. Any other name means itself: a backend that was asked for by
+    name is never replaced.
 
     Raises:
         UserError: for an unknown name, or a backend that cannot run; the message says why.
     """
     device = torch.device(device)
     if name == "auto":
-        return "loop" if device.type == "cpu" else _first_that_runs(device, dtype)
+        return _first_that_runs(device, dtype)
     if reason := why_not(name, device, dtype):
         raise UserError(f"experts backend {name!r} cannot run: {reason}; choose another, or auto")
     return name
@@ -82,7 +82,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
 
 def _first_that_runs(device: torch.device, dtype: torch.dtype) -> str:
     """By the order of speed; `naive` runs anywhere."""
-    for name in ("triton", "grouped_mm"):
+    for name in ("fused", "loop") if device.type == "cpu" else ("triton", "grouped_mm"):
         reason = why_not(name, device, dtype)
         if reason is None:
             return name
