@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -69,14 +70,16 @@ def tiny_config(family, module, experts_class):
     config_class = getattr(module, CONFIGS.get(experts_class, annotated.group(1) if annotated else ""), None)
     config = config_class() if config_class else CONFIG_MAPPING[family]().get_text_config()
     for name, size in SIZES.items():
-        if hasattr(config, name):
+        if isinstance(getattr(config, name, None), int):
             setattr(config, name, size)
     return config
 
 
 def make_experts(family, experts_class, dtype):
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    experts = getattr(module, experts_class)(tiny_config(family, module, experts_class))
+    make = getattr(module, experts_class)
+    width = {"intermediate_size": EXPERT_WIDTH} if "intermediate_size" in signature(make.__init__).parameters else {}
+    experts = make(tiny_config(family, module, experts_class), **width)
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
         parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.3).to(dtype)

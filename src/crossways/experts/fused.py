@@ -1,4 +1,4 @@
-"""The `fused` backend: a C++ kernel that does a group of tokens' whole way through an expert while it is in the cache.
+"""The `fused` backend: C++ that takes a group of tokens all the way through an expert while both are in the cache.
 
 It is compiled on first use (`crossways.native`); see `native/experts.cpp` for what it does and why it is fast.
 
@@ -55,7 +55,8 @@ def fused(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor
 def _problem(tensors: dict[str, Tensor | None], activation: Activation) -> _Problem:
     """The structure, of tensors that must stay alive while it is used."""
     x_TD, down_EDF = tensors["x"], tensors["down"]
-    assert x_TD is not None and down_EDF is not None
+    assert x_TD is not None
+    assert down_EDF is not None
     return _Problem(
         tokens=x_TD.shape[0],
         experts=down_EDF.shape[0],

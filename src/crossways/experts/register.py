@@ -2,8 +2,8 @@
 
 Transformers hands an implementation the experts module and each token's K experts. What we need of the module is its
 layout: two stacked tensors and an activation between them, as `ExpertsInterface` describes it. A module that has more
-(biases, a gate of its own, a norm after each expert) runs in transformers' own implementation, with a warning that says
-why; `experts_report` lists what runs where.
+(biases, a gate of its own, a norm after each expert) runs in transformers' own implementation, with a warning that
+says why; `experts_report` lists what runs where.
 
 Legend: T tokens, E experts, K experts per token, D model width, F expert width, H rows of the first matrix.
 """
