@@ -21,6 +21,16 @@ Right panels_of(const T* words, int64_t depth) {
   return {reinterpret_cast<const uint32_t*>(words), SIDE, BLOCK / per, round_up(depth, SIDE) * SIDE / per};
 }
 
+// The same with columns laid out for few tokens where that is faster; `thin` is the space for it.
+template <class T>
+Right panels_for(const T* words, int64_t depth, int64_t columns, float* thin) {
+  Right right = panels_of(words, depth);
+  if (Kind<T>::per_word > 1 || columns > THIN) return right;
+  thin_columns(reinterpret_cast<const float*>(words), depth, thin, round_up(depth, SIDE));
+  right.thin = thin;
+  return right;
+}
+
 // The first product's block to a hidden block: gated, 16 gate rows over 16 value rows; plain, 32 rows.
 template <class T, Function function, bool gated>
 void activate(const Layer<T>& l, const Group& g, int64_t panel, const Slice& s, int64_t f, const float* c, T* hidden) {
@@ -63,11 +73,12 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
   const Problem& p = l.p;
   const int64_t D = l.D, F = l.F, depth = s.f1 - s.f0, padded = round_up(depth, SIDE), most = l.group() / SIDE;
   constexpr int64_t step = gated ? 16 : 32;
-  scratch.reserve((most + 1) * SIDE * (l.Dp + padded) * sizeof(T) + most * BLOCK * 4 + 4096);
+  scratch.reserve((most + 1) * SIDE * (l.Dp + padded) * sizeof(T) + most * BLOCK * 4 + THIN * std::max(l.Dp, padded) * 4 + 4096);
   T* inputs = scratch.take<T>(most * SIDE * l.Dp);
   T* hidden = scratch.take<T>(most * SIDE * padded);
   T* packed = scratch.take<T>(SIDE * std::max(l.Dp, padded));
   float* c = scratch.take<float>(most * BLOCK);
+  float* thin = scratch.take<float>(THIN * std::max(l.Dp, padded));
   const T *up = l.up(s.expert), *down = l.down(s.expert);
   auto up_rows = [&](int64_t f) {
     return left_of(l, up + f * D, up + (gated ? F + f : f + 16) * D, D, F - f, gated ? F - f : F - f - 16, D, packed);
@@ -81,16 +92,15 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
       rows_of(p, g, i, static_cast<const T*>(p.x), D, rows);
       transpose_panel(rows, D, reinterpret_cast<uint32_t*>(inputs + i * l.Dp * SIDE));
     }
+    const Right tokens = panels_for(inputs, D, g.count, thin);
     for (int64_t f = s.f0; f < s.f0 + padded; f += step) {
-      const bool more = f + step < s.f0 + padded;
-      Left<T> left = up_rows(f), next = l.aligned ? more ? up_rows(f + step) : down_rows(0) : left;
-      product(left, panels_of(inputs, D), g.count, D, c, false, l.aligned ? &next : nullptr);
+      product(up_rows(f), tokens, g.count, D, c);
       for (int64_t i = 0; i < g.panels(); i++)
         activate<T, function, gated>(l, g, i, s, f, c + i * BLOCK, hidden + i * padded * SIDE);
     }
+    const Right activated = panels_for(hidden, depth, g.count, thin);
     for (int64_t d = 0; d < D; d += SIDE) {
-      Left<T> left = down_rows(d), next = l.aligned && d + SIDE < D ? down_rows(d + SIDE) : left;
-      product(left, panels_of(hidden, depth), g.count, depth, c, false, l.aligned ? &next : nullptr);
+      product(down_rows(d), activated, g.count, depth, c);
       for (int64_t i = 0; i < g.panels(); i++) {
         float* rows[SIDE];
         rows_of(p, g, i, sum, D, rows);

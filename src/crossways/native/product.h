@@ -38,27 +38,11 @@ struct Left {
   int64_t row, step;
 };
 
-// Which rows of a left operand that comes later to bring into the cache.
-template <class T>
-struct Ahead {
-  const Left<T>* left;
-  int first, last;
-  Ahead part(int at, int count) const {  // the share of `count` of 32 rows of the operand at work
-    return {left, first + (last - first) * at / SIDE, first + (last - first) * (at + count) / SIDE};
-  }
-  void fetch(int64_t s) const {
-    if (!left) return;
-    for (int r = first; r < last; r++) {
-      auto* at = reinterpret_cast<const char*>(left->half[r / 16] + r % 16 * left->row + s * left->step);
-      for (size_t line = 0; line < SIDE * sizeof(T); line += 64) _mm_prefetch(at + line, _MM_HINT_T1);
-    }
-  }
-};
-
 // Right panels: word (s, c) of panel p is words[p * panel + s / 32 * step + (s % 32 / per_word) * row + c].
 struct Right {
   const uint32_t* words;
   int64_t row, step, panel;
+  const float* thin = nullptr;  // the same for few columns, one after the other, as `thin_columns` makes them
 };
 
 #ifdef __AMX_BF16__
@@ -79,7 +63,7 @@ struct Tiles {
 // One block on the matrix unit; with `both` false its right half is left as it is.
 template <bool both>
 inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, int64_t from, int64_t to, float* c,
-                  bool add, const Ahead<bf16>& ahead) {
+                  bool add) {
   if (add) {
     _tile_loadd(0, c, 128);
     _tile_loadd(2, c + 512, 128);
@@ -101,7 +85,6 @@ inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, in
     _tile_loadd(5, a.half[1] + s * a.step, a.row * 2);
     _tile_dpbf16ps(2, 5, 6);
     if (both) _tile_dpbf16ps(3, 5, 7);
-    ahead.fetch(s);
   }
   _tile_stored(0, c, 128);
   _tile_stored(2, c + 512, 128);
@@ -114,18 +97,17 @@ struct Tiles {
   Tiles() {}
 };
 template <bool both>
-inline void block(const Left<bf16>&, const uint32_t*, const Right&, int64_t, int64_t, float*, bool,
-                  const Ahead<bf16>&) {}
+inline void block(const Left<bf16>&, const uint32_t*, const Right&, int64_t, int64_t, float*, bool) {}
 #endif
-
-constexpr int ROWS = 8;  // times two vectors: as many sums as hide the latency of an addition
 
 template <bool both>
 inline void rows_block(const float* a, const Left<float>& left, const uint32_t* b, const Right& right, int64_t from,
-                       int64_t to, float* c, bool add, const Ahead<float>& ahead) {
-  Vec sum[ROWS][2] = {};
+                       int64_t to, float* c, bool add) {
+  // 16 sums hide the latency of an addition; and many rows at once, that of reading weights for few tokens.
+  constexpr int rows = both ? 8 : 16;
+  Vec sum[rows][2] = {};
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++) {
+  for (int i = 0; i < rows; i++) {
     if (add) sum[i][0] = _mm512_loadu_ps(c + i * SIDE);
     if (add && both) sum[i][1] = _mm512_loadu_ps(c + i * SIDE + 16);
   }
@@ -137,46 +119,81 @@ inline void rows_block(const float* a, const Left<float>& left, const uint32_t* 
       Vec b0 = _mm512_loadu_ps(words + k * right.row), b1 = Vec{};
       if (both) b1 = _mm512_loadu_ps(words + k * right.row + 16);
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++) {
+      for (int i = 0; i < rows; i++) {
         Vec x = _mm512_set1_ps(values[i * left.row + k]);
         sum[i][0] = _mm512_fmadd_ps(x, b0, sum[i][0]);
         if (both) sum[i][1] = _mm512_fmadd_ps(x, b1, sum[i][1]);
       }
     }
-    ahead.fetch(s);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++) {
+  for (int i = 0; i < rows; i++) {
     _mm512_storeu_ps(c + i * SIDE, sum[i][0]);
     if (both) _mm512_storeu_ps(c + i * SIDE + 16, sum[i][1]);
   }
 }
 
+// At most 16 columns of a float32 panel, each `stride` floats from the one before. The products of few tokens read
+// weights as fast as memory gives them only when they read one row after the other.
+constexpr int THIN = 16;
+inline void thin_columns(const float* panel, int64_t depth, float* out, int64_t stride) {
+  Words square[16];
+  for (int64_t k = 0; k < round_up(depth, SIDE); k += 16) {
+    for (int i = 0; i < 16; i++) square[i] = _mm512_loadu_si512(panel + (k + i) * SIDE);
+    transpose(square);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * stride + k, square[i]);
+  }
+}
+
+template <int columns>
+inline void thin_block(const Left<float>& a, const float* b, int64_t stride, int64_t depth, float* c) {
+  for (int r = 0; r < SIDE; r++) {
+    const float* row = a.half[r / 16] + r % 16 * a.row;
+    Vec sum[columns] = {};
+    for (int64_t k = 0; k < depth; k += 16) {
+      Vec x = load(row + k / SIDE * a.step + k % SIDE, first16(depth - k));
+#pragma GCC unroll 16
+      for (int i = 0; i < columns; i++) sum[i] = _mm512_fmadd_ps(x, _mm512_loadu_ps(b + i * stride + k), sum[i]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < columns; i++) c[r * SIDE + i] = _mm512_reduce_add_ps(sum[i]);
+  }
+}
+
+inline void thin_product(const Left<float>& a, const float* b, int64_t columns, int64_t depth, float* c) {
+  const int64_t stride = round_up(depth, SIDE);
+  if (columns == 1) return thin_block<1>(a, b, stride, depth, c);
+  if (columns == 2) return thin_block<2>(a, b, stride, depth, c);
+  if (columns <= 4) return thin_block<4>(a, b, stride, depth, c);
+  if (columns <= 8) return thin_block<8>(a, b, stride, depth, c);
+  thin_block<16>(a, b, stride, depth, c);
+}
+inline void thin_product(const Left<bf16>&, const float*, int64_t, int64_t, float*) {}
+
 // One block on vectors; with `both` false its right half is left as it is.
 template <bool both>
 inline void block(const Left<float>& a, const uint32_t* b, const Right& right, int64_t from, int64_t to, float* c,
-                  bool add, const Ahead<float>& ahead) {
-  for (int r = 0; r < SIDE; r += ROWS)
-    rows_block<both>(a.half[r / 16] + r % 16 * a.row, a, b, right, from, to, c + r * SIDE, add, ahead.part(r, ROWS));
+                  bool add) {
+  for (int r = 0; r < SIDE; r += both ? 8 : 16)
+    rows_block<both>(a.half[r / 16] + r % 16 * a.row, a, b, right, from, to, c + r * SIDE, add);
 }
 
 // c[p] (32 x 32 each) = left (32 x depth) times panel p, or added to what c holds, for `columns` columns of panels.
-// Of a last panel of at most 16 columns the right half of c is left as it is. While it works it asks for the rows of
-// `next`, if there is one: products read new weights faster than the processor foresees.
+// Of a last panel of at most 16 columns the right half of c is left as it is.
 template <class T>
 inline void product(const Left<T>& left, const Right& right, int64_t columns, int64_t depth, float* c,
-                    bool add = false, const Left<T>* next = nullptr) {
+                    bool add = false) {
+  if (right.thin) return thin_product(left, right.thin, columns, depth, c);
   constexpr int64_t chunk = Kind<T>::chunk * SIDE;
   const int64_t panels = (columns + SIDE - 1) / SIDE;
   for (int64_t from = 0; from < depth; from += chunk) {
     const int64_t to = std::min(depth, from + chunk);
     for (int64_t p = 0; p < panels; p++) {
       const uint32_t* words = right.words + p * right.panel;
-      const Ahead<T> ahead{next, int(SIDE * p / panels), int(SIDE * (p + 1) / panels)};
       if (columns - p * SIDE > 16)
-        block<true>(left, words, right, from, to, c + p * BLOCK, add || from > 0, ahead);
+        block<true>(left, words, right, from, to, c + p * BLOCK, add || from > 0);
       else
-        block<false>(left, words, right, from, to, c + p * BLOCK, add || from > 0, ahead);
+        block<false>(left, words, right, from, to, c + p * BLOCK, add || from > 0);
     }
   }
 }
