@@ -17,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from filelock import FileLock
-from torch.utils.cpp_extension import get_default_build_root
 
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
@@ -49,6 +48,8 @@ def library() -> ctypes.CDLL:
 
 @cache
 def _load() -> ctypes.CDLL | str:
+    from torch.utils.cpp_extension import get_default_build_root  # slow to import
+
     try:
         return ctypes.CDLL(str(build(Path(get_default_build_root()) / "crossways")))
     except (NativeUnavailableError, OSError) as error:
