@@ -70,7 +70,7 @@ def tiny_config(family, module, experts_class):
     config_class = getattr(module, CONFIGS.get(experts_class, annotated.group(1) if annotated else ""), None)
     config = config_class() if config_class else CONFIG_MAPPING[family]().get_text_config()
     for name, size in SIZES.items():
-        if isinstance(getattr(config, name, None), int):
+        if not isinstance(getattr(config, name, []), list):
             setattr(config, name, size)
     return config
 

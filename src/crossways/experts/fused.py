@@ -46,7 +46,11 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def fused(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation) -> Tensor:
-    """Same contract as `naive`; first derivatives only."""
+    """Same contract as `naive`; first derivatives only.
+
+    Raises:
+        ValueError: for an assignment that names tokens that do not exist.
+    """
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     return _Fused.apply(*inputs, assignment.token_P, assignment.offsets_E1, activation, save)
@@ -87,13 +91,18 @@ class _Fused(torch.autograd.Function):
             "up": up_EHD.contiguous(),
             "down": down_EDF.contiguous(),
             "weight": weight_P.float().contiguous(),
-            "token": token_P.contiguous(),
-            "offsets": offsets_E1.contiguous(),
+            "token": token_P.to(torch.int64).contiguous(),
+            "offsets": offsets_E1.to(torch.int64).contiguous(),
         }
         ctx.activation, ctx.names, ctx.weight_dtype = activation, tuple(tensors), weight_P.dtype
         y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
         problem = _problem({**tensors, "y": y_TD}, activation)
         native = library()
+        if not native.crossways_valid(ctypes.byref(problem), ctypes.c_int64(len(token_P))):
+            raise ValueError(
+                f"the assignment does not fit: a token outside [0, {len(x_TD)}), or offsets that are not its pairs'; "
+                "build it with Assignment.from_pairs, from_topk or from_mask"
+            )
         kept = None
         if save:
             native.crossways_kept_size.restype = ctypes.c_int64

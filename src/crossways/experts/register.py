@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     return y_TD.to(hidden_states.dtype)
 
 
-def _assignment(module: nn.Module, index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Assignment:
+def _assignment(module: Any, index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Assignment:
     # Looking for sentinels would make a GPU wait, so there we trust the module to say whether there are any.
     if index_TK.is_cpu or module._is_expert_parallel:
         known = Assignment.from_topk(index_TK.clamp(max=num_experts), weight_TK, num_experts + 1)
@@ -99,14 +100,14 @@ def _assignment(module: nn.Module, index_TK: Tensor, weight_TK: Tensor, num_expe
     return Assignment.from_topk(index_TK, weight_TK, num_experts)
 
 
-def _matrices(module: nn.Module) -> tuple[Tensor, Tensor]:
+def _matrices(module: Any) -> tuple[Tensor, Tensor]:
     """(E, H, D) and (E, D, F)."""
     up = module.gate_up_proj if module.has_gate else module.up_proj
     down = module.down_proj
-    return (up.mT, down.mT) if module.is_transposed else (up, down)  # type: ignore[union-attr,return-value]
+    return (up.mT, down.mT) if module.is_transposed else (up, down)
 
 
-def _is_experts(module: nn.Module) -> bool:
+def _is_experts(module: Any) -> bool:
     return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
@@ -119,7 +120,7 @@ def plan_experts(module: nn.Module) -> Plan:
     return Plan(resolve_backend("auto", up_EHD.device, up_EHD.dtype), None, activation)
 
 
-def _activation(module: nn.Module) -> Activation | str:
+def _activation(module: Any) -> Activation | str:
     """What stands between the module's matrices, or why the module is not ours to run."""
     if module.has_bias:
         return "its experts have biases"
@@ -134,13 +135,13 @@ def _activation(module: nn.Module) -> Activation | str:
         return f"its weights are {', '.join(type(weight).__name__ for weight in weights)}, not plain stacked tensors"
     if not all(weight.is_floating_point() and weight.element_size() >= 2 for weight in weights):
         return f"its weights are {weights[0].dtype}"
-    name = _name_of(module.act_fn)  # type: ignore[arg-type]
+    name = _name_of(module.act_fn)
     if name is None:
         return f"its activation is {module.act_fn}, not SiLU, GELU or ReLU"
     return Activation(_GATED[name] if module.has_gate else name)
 
 
-def _name_of(function: nn.Module) -> str | None:
+def _name_of(function: Any) -> str | None:
     """Which known function this is: told by its values, as transformers has several classes for each."""
     probe = torch.tensor(_PROBE, dtype=torch.float64)
     with torch.no_grad():
@@ -151,10 +152,10 @@ def _name_of(function: nn.Module) -> str | None:
     return matches[0] if matches else None
 
 
-def _fallback(module: nn.Module) -> str:
+def _fallback(module: Any) -> str:
     """Transformers' fastest implementation that takes this module."""
     up = module.gate_up_proj if module.has_gate else module.up_proj
-    widths = (*up.shape[1:], *module.down_proj.shape[1:])  # type: ignore[union-attr,operator,misc]
+    widths = (*up.shape[1:], *module.down_proj.shape[1:])
     plain = up.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    aligned = plain and all(width * up.element_size() % 16 == 0 for width in widths)  # type: ignore[operator]
+    aligned = plain and all(width * up.element_size() % 16 == 0 for width in widths)
     return "transformers:grouped_mm" if aligned and hasattr(functional, "grouped_mm") else "eager"

@@ -88,6 +88,15 @@ int64_t crossways_kept_size(const Problem* p) {
   return columns * p->expert_width * (p->gated ? 2 : 1);
 }
 
+// Whether every pair is of an existing token, and the offsets go from 0 to `pairs` without a step back.
+int crossways_valid(const Problem* p, int64_t pairs) {
+  bool valid = p->offsets[0] == 0 && p->offsets[p->experts] == pairs;
+  for (int64_t e = 0; e < p->experts; e++) valid &= p->offsets[e] <= p->offsets[e + 1];
+  uint64_t last = 0;  // a negative token is a very large one
+  for (int64_t i = 0; i < pairs; i++) last = std::max(last, uint64_t(p->token[i]));
+  return valid && (pairs == 0 || last < uint64_t(p->tokens));
+}
+
 // `half` is 1 for bfloat16, 0 for float32.
 void crossways_experts_forward(const Problem* p, int half) { half ? forward<bf16>(*p) : forward<float>(*p); }
 void crossways_experts_backward(const Problem* p, int half) { half ? backward<bf16>(*p) : backward<float>(*p); }

@@ -94,13 +94,16 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
     }
     const Right tokens = panels_for(inputs, D, g.count, thin);
     for (int64_t f = s.f0; f < s.f0 + padded; f += step) {
-      product(up_rows(f), tokens, g.count, D, c);
+      const bool more = f + step < s.f0 + padded;
+      Left<T> left = up_rows(f), next = !l.aligned ? left : more ? up_rows(f + step) : down_rows(0);
+      product(left, tokens, g.count, D, c, false, l.aligned ? &next : nullptr);
       for (int64_t i = 0; i < g.panels(); i++)
         activate<T, function, gated>(l, g, i, s, f, c + i * BLOCK, hidden + i * padded * SIDE);
     }
     const Right activated = panels_for(hidden, depth, g.count, thin);
     for (int64_t d = 0; d < D; d += SIDE) {
-      product(down_rows(d), activated, g.count, depth, c);
+      Left<T> left = down_rows(d), next = l.aligned && d + SIDE < D ? down_rows(d + SIDE) : left;
+      product(left, activated, g.count, depth, c, false, l.aligned ? &next : nullptr);
       for (int64_t i = 0; i < g.panels(); i++) {
         float* rows[SIDE];
         rows_of(p, g, i, sum, D, rows);

@@ -38,6 +38,24 @@ struct Left {
   int64_t row, step;
 };
 
+// Which rows of the left operand that comes next to bring into the cache.
+template <class T>
+struct Ahead {
+  const Left<T>* left;
+  int64_t first, last;
+  Ahead part(int64_t at, int64_t count) const {  // the share of `count` of 32 rows of the operand at work
+    return {left, first + (last - first) * at / SIDE, first + (last - first) * (at + count) / SIDE};
+  }
+  void fetch(int64_t s) const {
+    if (!left) return;
+    for (int64_t r = first; r < last; r++) {
+      auto* at = reinterpret_cast<const char*>(left->half[r / 16] + r % 16 * left->row + s * left->step);
+      // GCC takes a function that only prefetches for one without effect and drops the call: hence assembly.
+      for (size_t line = 0; line < SIDE * sizeof(T); line += 64) asm volatile("prefetcht1 %0" : : "m"(at[line]));
+    }
+  }
+};
+
 // Right panels: word (s, c) of panel p is words[p * panel + s / 32 * step + (s % 32 / per_word) * row + c].
 struct Right {
   const uint32_t* words;
@@ -63,7 +81,7 @@ struct Tiles {
 // One block on the matrix unit; with `both` false its right half is left as it is.
 template <bool both>
 inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, int64_t from, int64_t to, float* c,
-                  bool add) {
+                  bool add, const Ahead<bf16>& ahead) {
   if (add) {
     _tile_loadd(0, c, 128);
     _tile_loadd(2, c + 512, 128);
@@ -85,6 +103,7 @@ inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, in
     _tile_loadd(5, a.half[1] + s * a.step, a.row * 2);
     _tile_dpbf16ps(2, 5, 6);
     if (both) _tile_dpbf16ps(3, 5, 7);
+    ahead.fetch(s);
   }
   _tile_stored(0, c, 128);
   _tile_stored(2, c + 512, 128);
@@ -97,12 +116,13 @@ struct Tiles {
   Tiles() {}
 };
 template <bool both>
-inline void block(const Left<bf16>&, const uint32_t*, const Right&, int64_t, int64_t, float*, bool) {}
+inline void block(const Left<bf16>&, const uint32_t*, const Right&, int64_t, int64_t, float*, bool,
+                  const Ahead<bf16>&) {}
 #endif
 
 template <bool both>
 inline void rows_block(const float* a, const Left<float>& left, const uint32_t* b, const Right& right, int64_t from,
-                       int64_t to, float* c, bool add) {
+                       int64_t to, float* c, bool add, const Ahead<float>& ahead) {
   // 16 sums hide the latency of an addition; and many rows at once, that of reading weights for few tokens.
   constexpr int rows = both ? 8 : 16;
   Vec sum[rows][2] = {};
@@ -125,6 +145,7 @@ inline void rows_block(const float* a, const Left<float>& left, const uint32_t* 
         if (both) sum[i][1] = _mm512_fmadd_ps(x, b1, sum[i][1]);
       }
     }
+    ahead.fetch(s);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) {
@@ -172,16 +193,18 @@ inline void thin_product(const Left<bf16>&, const float*, int64_t, int64_t, floa
 // One block on vectors; with `both` false its right half is left as it is.
 template <bool both>
 inline void block(const Left<float>& a, const uint32_t* b, const Right& right, int64_t from, int64_t to, float* c,
-                  bool add) {
-  for (int r = 0; r < SIDE; r += both ? 8 : 16)
-    rows_block<both>(a.half[r / 16] + r % 16 * a.row, a, b, right, from, to, c + r * SIDE, add);
+                  bool add, const Ahead<float>& ahead) {
+  constexpr int rows = both ? 8 : 16;
+  for (int r = 0; r < SIDE; r += rows)
+    rows_block<both>(a.half[r / 16] + r % 16 * a.row, a, b, right, from, to, c + r * SIDE, add, ahead.part(r, rows));
 }
 
 // c[p] (32 x 32 each) = left (32 x depth) times panel p, or added to what c holds, for `columns` columns of panels.
-// Of a last panel of at most 16 columns the right half of c is left as it is.
+// Of a last panel of at most 16 columns the right half of c is left as it is. While it computes it fetches the rows of
+// `next`, if given; but for few columns memory is the limit, and the processor's own foresight uses it better.
 template <class T>
 inline void product(const Left<T>& left, const Right& right, int64_t columns, int64_t depth, float* c,
-                    bool add = false) {
+                    bool add = false, const Left<T>* next = nullptr) {
   if (right.thin) return thin_product(left, right.thin, columns, depth, c);
   constexpr int64_t chunk = Kind<T>::chunk * SIDE;
   const int64_t panels = (columns + SIDE - 1) / SIDE;
@@ -189,10 +212,11 @@ inline void product(const Left<T>& left, const Right& right, int64_t columns, in
     const int64_t to = std::min(depth, from + chunk);
     for (int64_t p = 0; p < panels; p++) {
       const uint32_t* words = right.words + p * right.panel;
+      const Ahead<T> ahead{columns > SIDE ? next : nullptr, SIDE * p / panels, SIDE * (p + 1) / panels};
       if (columns - p * SIDE > 16)
-        block<true>(left, words, right, from, to, c + p * BLOCK, add || from > 0);
+        block<true>(left, words, right, from, to, c + p * BLOCK, add || from > 0, ahead);
       else
-        block<false>(left, words, right, from, to, c + p * BLOCK, add || from > 0);
+        block<false>(left, words, right, from, to, c + p * BLOCK, add || from > 0, ahead);
     }
   }
 }

@@ -11,7 +11,7 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from crossways.native.library import library, why_not_native
+from crossways.native.loading import library, why_not_native
 
 _SMALL = 4096
 

@@ -84,6 +84,9 @@ inline void pack_columns(const T* from, int64_t stride, int64_t depth, int64_t c
   for (int64_t at = 0; at < steps * SIDE; at += 16 * per)
     for (int64_t column = 0; column < round_up(count, SIDE); column += 16) {
       const __mmask16 mask = first16(count - column);
+      if (column % SIDE == 0)  // the rows after these
+        for (int i = 16 * per; i < 32 * per; i++)
+          asm volatile("prefetcht1 %0" : : "m"(*reinterpret_cast<const char*>(from + (at + i) * stride + column)));
       for (int i = 0; i < 16; i++) {
         const T* row = from + (at + i * per) * stride + column;
         if constexpr (per == 1) {

@@ -10,9 +10,10 @@
 
 namespace {
 
-// Integers in the order of the floats; every NaN is greatest.
+// Integers in the order of the floats; every NaN is greatest, and the two zeros are one.
 inline int32_t key_of(float x) {
   int32_t bits;
+  x += 0.0f;
   std::memcpy(&bits, &x, 4);
   return x != x ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX);
 }
