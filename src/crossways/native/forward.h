@@ -26,7 +26,7 @@ template <class T>
 Right panels_for(const T* words, int64_t depth, int64_t columns, float* thin) {
   Right right = panels_of(words, depth);
   if (Kind<T>::per_word > 1 || columns > THIN) return right;
-  thin_columns(reinterpret_cast<const float*>(words), depth, thin, round_up(depth, SIDE));
+  thin_columns(reinterpret_cast<const float*>(words), depth, thin);
   right.thin = thin;
   return right;
 }
@@ -73,12 +73,12 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
   const Problem& p = l.p;
   const int64_t D = l.D, F = l.F, depth = s.f1 - s.f0, padded = round_up(depth, SIDE), most = l.group() / SIDE;
   constexpr int64_t step = gated ? 16 : 32;
-  scratch.reserve((most + 1) * SIDE * (l.Dp + padded) * sizeof(T) + most * BLOCK * 4 + THIN * std::max(l.Dp, padded) * 4 + 4096);
+  scratch.reserve((most + 1) * SIDE * (l.Dp + padded) * sizeof(T) + most * BLOCK * 4 + THIN * thin_stride(std::max(l.Dp, padded)) * 4 + 4096);
   T* inputs = scratch.take<T>(most * SIDE * l.Dp);
   T* hidden = scratch.take<T>(most * SIDE * padded);
   T* packed = scratch.take<T>(SIDE * std::max(l.Dp, padded));
   float* c = scratch.take<float>(most * BLOCK);
-  float* thin = scratch.take<float>(THIN * std::max(l.Dp, padded));
+  float* thin = scratch.take<float>(THIN * thin_stride(std::max(l.Dp, padded)));
   const T *up = l.up(s.expert), *down = l.down(s.expert);
   auto up_rows = [&](int64_t f) {
     return left_of(l, up + f * D, up + (gated ? F + f : f + 16) * D, D, F - f, gated ? F - f : F - f - 16, D, packed);

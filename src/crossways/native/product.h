@@ -154,10 +154,12 @@ inline void rows_block(const float* a, const Left<float>& left, const uint32_t* 
   }
 }
 
-// At most THIN columns of a float32 panel, each `stride` floats from the one before. The products of few tokens read
+// At most THIN columns of a float32 panel, one after the other. The products of few tokens read
 // weights as fast as memory gives them only when they read one row after the other.
-constexpr int THIN = 8;
-inline void thin_columns(const float* panel, int64_t depth, float* out, int64_t stride) {
+constexpr int THIN = 16;
+inline int64_t thin_stride(int64_t depth) { return round_up(depth, SIDE) + 16; }  // not all in one set of the cache
+inline void thin_columns(const float* panel, int64_t depth, float* out) {
+  const int64_t stride = thin_stride(depth);
   Words square[16];
   for (int64_t k = 0; k < round_up(depth, SIDE); k += 16) {
     for (int i = 0; i < 16; i++) square[i] = _mm512_loadu_si512(panel + (k + i) * SIDE);
@@ -182,10 +184,11 @@ inline void thin_block(const Left<float>& a, const float* b, int64_t stride, int
 }
 
 inline void thin_product(const Left<float>& a, const float* b, int64_t columns, int64_t depth, float* c) {
-  const int64_t stride = round_up(depth, SIDE);
+  const int64_t stride = thin_stride(depth);
   if (columns == 1) return thin_block<1>(a, b, stride, depth, c);
   if (columns == 2) return thin_block<2>(a, b, stride, depth, c);
   if (columns <= 4) return thin_block<4>(a, b, stride, depth, c);
+  if (columns <= 8) return thin_block<8>(a, b, stride, depth, c);
   thin_block<THIN>(a, b, stride, depth, c);
 }
 inline void thin_product(const Left<bf16>&, const float*, int64_t, int64_t, float*) {}
