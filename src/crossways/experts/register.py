@@ -11,6 +11,7 @@ Legend: T tokens, E experts, K experts per token, D model width, F expert width,
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,11 @@ from crossways.experts.compute import compute_experts, resolve_backend
 
 NAME = "crossways"
 _PROBE = (-6.0, -2.5, -1.0, -0.3, 0.0, 0.4, 1.0, 2.0, 5.0)
-_KNOWN = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
+_KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+}
 _GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
 
 
