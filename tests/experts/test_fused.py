@@ -4,9 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from crossways.assignment import Assignment
-from crossways.experts import Activation, compute_experts, why_not
+from crossways.experts import Activation, Experts, compute_experts, why_not
+from crossways.experts.fused import backward, forward
+from crossways.gates.linear import LinearGate
+from crossways.layers import MoE
+from crossways.router import Router
+from crossways.rules.score import Softmax
+from crossways.rules.select import Capacity, TopC, TopK
 
 # Relative root-mean-square error against naive in float64.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
@@ -168,7 +175,7 @@ def test_double_backward_raises():
     x, weight, up, down = leaves
     y = compute_experts(x, chosen.with_weights(weight), up, down, Activation("swiglu"), "fused")
     (grad_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"does not require grad|no autograd|not differentiable"):
         grad_x.sum().backward()
 
 
@@ -177,3 +184,36 @@ def test_tokens_out_of_range_are_refused():
     wrong = Assignment(chosen.token_P + 10, chosen.expert_P, chosen.weight_P, chosen.offsets_E1, 20)
     with pytest.raises(ValueError, match="token"):
         evaluate(wrong, leaves, "fused")
+
+
+def test_operators_tell_torch_the_truth():
+    """Shapes and dtypes that `torch.compile` assumes are those that the kernels give."""
+    chosen, leaves = make(torch.rand(50, 4).topk(2).indices, 4, 32, 32, 64, torch.float32)
+    arguments = (*leaves, chosen.token_P, chosen.offsets_E1, "swiglu", True)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(forward, arguments, test_utils=tests)
+    y, kept = forward(*(leaf.detach() for leaf in leaves), *arguments[4:])
+    inputs = (torch.ones_like(y), *(leaf.detach() for leaf in leaves), *arguments[4:6], kept)
+    torch.library.opcheck(backward, (*inputs, "swiglu", [True, False, True, True]), test_utils=tests[:2])
+
+
+@pytest.mark.parametrize("select", [TopK(2), TopC(1.5), Capacity(k=2, factor=1.0)], ids=str)
+def test_a_layer_compiles_without_graph_break(select):
+    def step(compiled):
+        torch.manual_seed(0)
+        model = MoE(Router(4, Softmax(), select, gate=LinearGate(32, 4)), Experts(4, 32, 64))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        x_BSD = torch.randn(2, 40, 32)
+        torch._dynamo.reset()
+        run = (
+            torch.compile(lambda x: model(x)[0], fullgraph=True, backend="aot_eager")
+            if compiled
+            else lambda x: model(x)[0]
+        )
+        y_BSD = run(x_BSD)
+        y_BSD.square().sum().backward()
+        return [y_BSD.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    for ours, theirs in zip(step(True), step(False), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

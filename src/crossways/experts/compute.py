@@ -23,7 +23,7 @@ from crossways.experts.peers import PREFIX, peer_names, run_peer, why_not_peer
 from crossways.experts.triton import triton_experts, why_not_triton
 
 _OURS = {"naive": naive, "fused": fused, "loop": loop, "grouped_mm": grouped, "triton": triton_experts}
-_TAKE_SLACK = ("triton", "grouped_mm")
+_TAKE_SLACK = ("fused", "triton", "grouped_mm")
 """Who can work without knowing the number of pairs on the host."""
 
 
