@@ -43,3 +43,13 @@ def tune(model: Any, tokenizer: Any, corpus: Any, out: Any, **options: Any) -> T
     from crossways.tuning.tune import tune as tune_budget
 
     return tune_budget(model, tokenizer, corpus, out, **options)
+
+
+def register_experts() -> None:
+    """Make `experts_implementation="crossways"` known to transformers: our expert compute in any Hugging Face MoE.
+
+    Explicit and idempotent, as `register`. `crossways.experts.experts_report(model)` says what then runs where.
+    """
+    from crossways.experts.register import register_experts as register_backend
+
+    register_backend()

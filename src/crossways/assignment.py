@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from crossways.native import routing
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -53,6 +55,9 @@ class Assignment:
             num_tokens: T.
             num_experts: E.
         """
+        if routing.fits(expert_P):
+            order_P, expert_P, offsets_E1 = routing.sort_pairs(expert_P, num_experts)
+            return cls(token_P[order_P], expert_P, weight_P[order_P], offsets_E1, num_tokens)
         # One stable sort of narrow keys: experts fit 16 bits, and narrow keys sort several times faster.
         key_P = expert_P.to(torch.int16) if num_experts < 2**15 else expert_P  # bounds reach num_experts
         sorted_P, order_P = torch.sort(key_P, stable=True)
@@ -84,12 +89,16 @@ class Assignment:
         """
         if most is not None and _counting_waits(mask_TE):
             return cls.from_bounded_mask(mask_TE, weight_TE, most)
-        expert_P, token_P = mask_TE.t().nonzero(as_tuple=True)
+        if routing.fits(mask_TE):
+            token_P, expert_P, offsets_E1 = routing.mask_pairs(mask_TE)
+        else:
+            expert_P, token_P = mask_TE.t().nonzero(as_tuple=True)
+            offsets_E1 = torch.nn.functional.pad(mask_TE.sum(0).cumsum(0), (1, 0))
         return cls(
             token_P=token_P,
             expert_P=expert_P,
             weight_P=weight_TE[token_P, expert_P],
-            offsets_E1=torch.nn.functional.pad(mask_TE.sum(0).cumsum(0), (1, 0)),
+            offsets_E1=offsets_E1,
             num_tokens=mask_TE.shape[0],
         )
 

@@ -76,6 +76,12 @@ def runnable(dtype):
     return [name for name in backends() if why_not(name, CPU, dtype) is None and name != "naive"]
 
 
+def needs(backend, dtype=torch.float32):
+    """Skip where the backend cannot run, loudly."""
+    if reason := why_not(backend, CPU, dtype):
+        pytest.skip(f"{backend}: {reason}")
+
+
 @pytest.mark.parametrize("case", MASKS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_backends_match_naive(case, dtype):
@@ -83,13 +89,15 @@ def test_backends_match_naive(case, dtype):
     expected = evaluate(mask_TE, make_inputs(mask_TE), "naive")
     names = runnable(dtype)
     assert "loop" in names
+    assert ("fused" in names) == (why_not("fused", CPU, dtype) is None)
     for name in names:
         assert_same(evaluate(mask_TE, make_inputs(mask_TE, dtype=dtype), name), expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "silu", "gelu", "relu"])
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm", "transformers:batched_mm"])
+@pytest.mark.parametrize("backend", ["fused", "loop", "grouped_mm", "transformers:batched_mm"])
 def test_activations(activation, backend):
+    needs(backend)
     gated = Activation(activation).gated
     mask_TE = MASKS["ragged"]
     expected = evaluate(mask_TE, make_inputs(mask_TE, gated=gated), "naive", activation)
@@ -173,17 +181,19 @@ def test_loop_gradcheck():
     assert gradcheck(run, make_inputs(mask_TE, 3, 2))
 
 
+@pytest.mark.parametrize("backend", ["fused", "loop"])
 @pytest.mark.parametrize("wanted", range(4), ids=NAMES)
-def test_loop_gives_each_gradient_alone(wanted):
+def test_each_gradient_alone(backend, wanted):
+    needs(backend)
     mask_TE = MASKS["ragged"]
-    leaves = make_inputs(mask_TE)
+    leaves = make_inputs(mask_TE, dtype=torch.float32)
     expected = evaluate(mask_TE, leaves, "naive")[1 + wanted]
     alone = [leaf.detach().requires_grad_(index == wanted) for index, leaf in enumerate(leaves)]
     x, weight, up, down = alone
     assignment = Assignment.from_mask(mask_TE, torch.zeros(mask_TE.shape)).with_weights(weight)
-    y = compute_experts(x, assignment, up, down, Activation("swiglu"), "loop")
+    y = compute_experts(x, assignment, up, down, Activation("swiglu"), backend)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(y.dtype))
-    torch.testing.assert_close(alone[wanted].grad, expected)
+    torch.testing.assert_close(alone[wanted].grad, expected, rtol=1e-4, atol=1e-5)
     assert all(leaf.grad is None for index, leaf in enumerate(alone) if index != wanted)
 
 
@@ -198,8 +208,9 @@ def test_loop_double_backward_raises():
         grad_x.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm", "transformers:grouped_mm"])
+@pytest.mark.parametrize("backend", ["fused", "loop", "grouped_mm", "transformers:grouped_mm"])
 def test_strided_inputs(backend):
+    needs(backend)
     mask_TE = MASKS["ragged"]
     leaves = make_inputs(mask_TE, dtype=torch.float32)
     expected = evaluate(mask_TE, leaves, "naive")
@@ -208,8 +219,9 @@ def test_strided_inputs(backend):
     assert_same(evaluate(mask_TE, strided, backend), expected, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("backend", ["naive", "loop", "grouped_mm", "transformers:batched_mm"])
+@pytest.mark.parametrize("backend", ["naive", "fused", "loop", "grouped_mm", "transformers:batched_mm"])
 def test_autocast_computes_in_bfloat16_and_returns_the_input_dtype(backend):
+    needs(backend, torch.bfloat16)
     mask_TE = MASKS["ragged"]
     leaves = make_inputs(mask_TE, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -219,8 +231,9 @@ def test_autocast_computes_in_bfloat16_and_returns_the_input_dtype(backend):
     assert not torch.equal(actual[0], evaluate(mask_TE, leaves, backend)[0])
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["fused", "loop", "grouped_mm"])
 def test_float32_routing_weights_with_bfloat16_experts(backend):
+    needs(backend, torch.bfloat16)
     mask_TE = MASKS["ragged"]
     expected = evaluate(mask_TE, make_inputs(mask_TE), "naive")
     leaves = make_inputs(mask_TE, dtype=torch.bfloat16)
@@ -231,8 +244,10 @@ def test_float32_routing_weights_with_bfloat16_experts(backend):
     assert_same(actual, expected, TOLERANCE[torch.bfloat16])
 
 
-def test_auto_is_loop_on_cpu_and_names_mean_themselves():
-    assert resolve_backend("auto", "cpu", torch.float32) == "loop"
+def test_auto_is_the_fastest_that_runs_and_names_mean_themselves():
+    fused = why_not("fused", CPU, torch.float32) is None
+    assert resolve_backend("auto", "cpu", torch.float32) == ("fused" if fused else "loop")
+    assert resolve_backend("auto", "cpu", torch.float64) == "loop"
     assert resolve_backend("naive", "cpu", torch.float32) == "naive"
 
 
@@ -241,6 +256,8 @@ def test_auto_is_loop_on_cpu_and_names_mean_themselves():
     [
         ("fastest", "cpu", torch.float32, "unknown experts backend 'fastest'"),
         ("loop", "cuda", torch.float32, "cuda"),
+        ("fused", "cuda", torch.float32, "cuda"),
+        ("fused", "cpu", torch.float64, "float64"),
         ("grouped_mm", "cpu", torch.float64, "float64"),
         ("transformers:sonicmoe", "cpu", torch.bfloat16, "CUDA only"),
     ],

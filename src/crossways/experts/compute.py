@@ -15,14 +15,15 @@ from torch.nn import functional
 from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.experts.activation import Activation
+from crossways.experts.fused import fused, why_not_fused
 from crossways.experts.grouped import grouped
 from crossways.experts.loop import loop
 from crossways.experts.naive import naive
 from crossways.experts.peers import PREFIX, peer_names, run_peer, why_not_peer
 from crossways.experts.triton import triton_experts, why_not_triton
 
-_OURS = {"naive": naive, "loop": loop, "grouped_mm": grouped, "triton": triton_experts}
-_TAKE_SLACK = ("triton", "grouped_mm")
+_OURS = {"naive": naive, "fused": fused, "loop": loop, "grouped_mm": grouped, "triton": triton_experts}
+_TAKE_SLACK = ("fused", "triton", "grouped_mm")
 """Who can work without knowing the number of pairs on the host."""
 
 
@@ -41,6 +42,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         raise UserError(f"unknown experts backend {name!r}; choose auto or one of {', '.join(backends())}")
     if name == "loop" and device.type != "cpu":
         return f"it reads the expert loads on the host, so it is for CPU tensors, and these are on {device.type}"
+    if name == "fused":
+        return why_not_fused(device, dtype)
     if name == "grouped_mm":
         return _why_not_grouped(device, dtype)
     if name == "triton":
@@ -62,16 +65,16 @@ def _why_not_grouped(device: torch.device, dtype: torch.dtype) -> str | None:
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that `name` means for tensors of this device and dtype.
 
-    `auto` is `loop` on a CPU; elsewhere the first of `triton`, `grouped_mm` and `naive` that runs, with a warning
-    that says why those before it do not. Any other name means itself: a backend that was asked for by name is never
-    replaced.
+    `auto` is the first that runs of `fused` and `loop` on a CPU, and of `triton`, `grouped_mm` and `naive` elsewhere,
+    with a warning that says why those before it do not. Any other name means itself: a backend that was asked for by
+    name is never replaced.
 
     Raises:
         UserError: for an unknown name, or a backend that cannot run; the message says why.
     """
     device = torch.device(device)
     if name == "auto":
-        return "loop" if device.type == "cpu" else _first_that_runs(device, dtype)
+        return _first_that_runs(device, dtype)
     if reason := why_not(name, device, dtype):
         raise UserError(f"experts backend {name!r} cannot run: {reason}; choose another, or auto")
     return name
@@ -79,7 +82,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
 
 def _first_that_runs(device: torch.device, dtype: torch.dtype) -> str:
     """By the order of speed; `naive` runs anywhere."""
-    for name in ("triton", "grouped_mm"):
+    for name in ("fused", "loop") if device.type == "cpu" else ("triton", "grouped_mm"):
         reason = why_not(name, device, dtype)
         if reason is None:
             return name

@@ -1,4 +1,4 @@
-"""The CPU backend: walk the experts over tiles of rows, with scratch buffers that stay in the cache.
+"""The CPU backend that needs no compiler: walk the experts over tiles of rows, in buffers that stay in the cache.
 
 What costs time on a CPU besides the matrix products is fresh memory (page faults), elementwise passes over data that
 has left the cache, and, in bfloat16, matrix shapes never seen before (oneDNN compiles a kernel for each). So: no
@@ -76,8 +76,11 @@ class _Scratch:
         return self._buffers[name][:count]
 
 
-def _gather(source_TD: Tensor, token_N: Tensor, scratch: _Scratch, name: str) -> Tensor:
-    return torch.index_select(source_TD, 0, token_N, out=scratch.rows(name, len(token_N), source_TD.shape[1]))
+def _gather(source_TD: Tensor, plan: TilePlan, tile: Tile, scratch: _Scratch, name: str) -> Tensor:
+    token_N = plan.token_R[tile.start : tile.stop]
+    rows_ND = torch.index_select(source_TD, 0, token_N, out=scratch.rows(name, len(token_N), source_TD.shape[1]))
+    plan.clear(tile, rows_ND)
+    return rows_ND
 
 
 def _scatter_add(sum_TD: Tensor, token_N: Tensor, rows_ND: Tensor, scratch: _Scratch) -> None:
@@ -106,7 +109,7 @@ class _Loop(torch.autograd.Function):
         scratch, y_TD = _Scratch(plan, x_TD), _accumulator(x_TD)
         for tile in plan.tiles:
             token_N, count = plan.token_R[tile.start : tile.stop], tile.stop - tile.start
-            x_ND = _gather(x_TD, token_N, scratch, "x")
+            x_ND = _gather(x_TD, plan, tile, scratch, "x")
             up_NH = scratch.rows("up", count, up_EHD.shape[1])
             if save:
                 # One piece per tile: the allocator recycles these; one large block would be fresh pages.
@@ -141,7 +144,7 @@ class _Loop(torch.autograd.Function):
         for tile, up_NH in zip(plan.tiles, saved, strict=True):
             rows = slice(tile.start, tile.stop)
             token_N, count = plan.token_R[rows], tile.stop - tile.start
-            grad_y_ND = _gather(grad_y_TD, token_N, scratch, "grad_y")
+            grad_y_ND = _gather(grad_y_TD, plan, tile, scratch, "grad_y")
             grad_hidden_NF = scratch.rows("grad_hidden", count, width)
             _mm_runs(tile, grad_y_ND, down_EDF, grad_hidden_NF)
             out = BackwardOut(
@@ -154,7 +157,7 @@ class _Loop(torch.autograd.Function):
             if grad_down_EDF is not None:
                 _mm_weight_grads(tile, grad_y_ND, out.hidden_PF, grad_down_EDF)
             if grad_up_EHD is not None:
-                x_ND = _gather(x_TD, token_N, scratch, "x")
+                x_ND = _gather(x_TD, plan, tile, scratch, "x")
                 _mm_weight_grads(tile, out.grad_up_PH, x_ND, grad_up_EHD)
             if grad_x_TD is not None:
                 _mm_runs(tile, out.grad_up_PH, up_EHD, grad_y_ND)

@@ -43,13 +43,21 @@ class TilePlan:
 
     tiles: tuple[Tile, ...]
     token_R: Tensor
-    """Token of each row, int64. A padding row repeats the first token of its expert."""
+    """Token of each row, int64. A padding row repeats a token, but `clear` makes it zero."""
     row_P: Tensor | None
     """Row of each pair; None when rows are pairs."""
     max_rows: int
     """Rows of the largest tile."""
     idle_experts: tuple[int, ...]
-    """Experts without a pair, whose gradients are zero."""
+    """Experts without a row, whose gradients are zero."""
+    padding_R: Tensor | None = None
+    """Boolean, true for padding rows; None when rows are pairs."""
+
+    def clear(self, tile: Tile, rows_ND: Tensor) -> None:
+        """Zero the padding among a tile's rows: times a weight of zero, a token that is NaN would still be NaN, and
+        reach experts that it did not choose."""
+        if self.padding_R is not None:
+            rows_ND.masked_fill_(self.padding_R[tile.start : tile.stop, None], 0)
 
     def spread(self, weight_P: Tensor) -> Tensor:
         """Routing weights (P,) as a column (R, 1); padding rows weigh nothing, so they contribute nothing."""
@@ -82,9 +90,10 @@ def plan_tiles(assignment: Assignment, tile_rows: int, row_multiple: int = 1, ca
     for run in runs:
         for expert in range(run.expert, run.expert + run.experts):
             rows[expert] += run.rows
-    token_R, row_P = assignment.token_P, None
+    token_R, row_P, padding_R = assignment.token_P, None, None
     if rows != loads:
         token_R, row_P = _pad(assignment, torch.tensor(rows))
+        padding_R = torch.ones(len(token_R), dtype=torch.bool).index_fill_(0, row_P, False)
     tiles = _group(runs, tile_rows)
     return TilePlan(
         tiles=tiles,
@@ -92,6 +101,7 @@ def plan_tiles(assignment: Assignment, tile_rows: int, row_multiple: int = 1, ca
         row_P=row_P,
         max_rows=max((tile.stop - tile.start for tile in tiles), default=0),
         idle_experts=tuple(expert for expert, count in enumerate(rows) if count == 0),
+        padding_R=padding_R,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
+from crossways.native import routing
 from crossways.rules.registry import build, catalogue
 
 
@@ -160,6 +161,8 @@ def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor
     Returns:
         Boolean (G, N). Ties are broken arbitrarily, but the number taken is exact.
     """
+    if routing.fits(choice_GN):
+        return routing.top_of_rows(choice_GN, allowed_GN, budget_G)[0]
     most = min(most, choice_GN.shape[1])
     if allowed_GN is not None:
         choice_GN = choice_GN.masked_fill(~allowed_GN, -torch.inf)
@@ -167,6 +170,24 @@ def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor
     taken_GM = torch.arange(most, device=choice_GN.device) < budget_G[:, None]
     mask_GN = torch.zeros_like(choice_GN, dtype=torch.bool).scatter(1, index_GM, taken_GM)
     return mask_GN if allowed_GN is None else mask_GN & allowed_GN
+
+
+def top_k_index(choice_TE: Tensor, k: int) -> Tensor:
+    """Indices of each token's k greatest entries, int64 (T, K), greatest first."""
+    if routing.fits(choice_TE):
+        return routing.top_k(choice_TE, k)
+    return choice_TE.topk(k, dim=-1).indices
+
+
+def place_in_queue(queue_Q: Tensor, num_queues: int) -> Tensor:
+    """How many earlier entries of `queue_Q`, int64 (Q,) in [0, `num_queues`), are the same; int64 (Q,)."""
+    if routing.fits(queue_Q):
+        order_Q, sorted_Q, starts_N = routing.sort_pairs(queue_Q, num_queues)
+    else:
+        sorted_Q, order_Q = torch.sort(queue_Q, stable=True)
+        starts_N = torch.searchsorted(sorted_Q, torch.arange(num_queues, device=queue_Q.device))
+    place_Q = torch.arange(len(queue_Q), device=queue_Q.device) - starts_N[sorted_Q]
+    return torch.empty_like(place_Q).scatter_(0, order_Q, place_Q)
 
 
 def valid_tokens(allowed_BSE: Tensor | None, choice_BSE: Tensor) -> Tensor:

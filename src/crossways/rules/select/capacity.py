@@ -22,6 +22,8 @@ from crossways.rules.select.base import (
     check_budget,
     check_number,
     check_whole,
+    place_in_queue,
+    top_k_index,
     top_of_groups,
     valid_tokens,
 )
@@ -131,14 +133,14 @@ class Capacity(Selection):
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         batch, _, num_experts = choice_BSE.shape
-        asked_TKE, weight_TE = self._asked(choice_BSE.flatten(0, 1), scores_BSE.flatten(0, 1), allowed_BSE)
+        choice_TE = choice_BSE.flatten(0, 1)
+        index_TK, asked_TK, weight_TE = self._asked(choice_TE, scores_BSE.flatten(0, 1), allowed_BSE)
         groups = batch if self.group == "sequence" else 1
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
-        asked_GNKE = asked_TKE.view(groups, -1, *asked_TKE.shape[1:])
-        rank_BSE = weight_TE.detach().view_as(choice_BSE) if self.order == "weight" else choice_BSE
-        served_GNKE = self._served(asked_GNKE, rank_BSE, self.capacity(tokens_G, num_experts))
-        broken_TE = asked_TKE.any(1) & choice_BSE.flatten(0, 1).isnan()  # must show, so is not dropped
-        mask_TE = served_GNKE.any(2).reshape(-1, num_experts) | broken_TE
+        ranked_TE = weight_TE.detach() if self.order == "weight" else choice_TE
+        served_TK = self._served(index_TK, asked_TK, ranked_TE, self.capacity(tokens_G, num_experts))
+        served_TK = served_TK | (asked_TK & choice_TE.gather(-1, index_TK).isnan())  # must show, so is not dropped
+        mask_TE = _mark(index_TK, served_TK, num_experts)
         return Assignment.from_mask(mask_TE, weight_TE, most=len(mask_TE) * self.k)
 
     def capacity(self, tokens_G: Tensor, num_experts: int) -> Tensor:
@@ -154,38 +156,55 @@ class Capacity(Selection):
         rate /= tau * feed_forward + self.zero_computation
         return [rate * tau] * feed_forward + [rate] * self.zero_computation
 
-    def _asked(self, choice_TE: Tensor, scores_TE: Tensor, allowed_BSE: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Boolean (T, K, E): each token's first, second, ... choice; and the weights (T, E)."""
+    def _asked(
+        self, choice_TE: Tensor, scores_TE: Tensor, allowed_BSE: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each token's first, second, ... choice and whether it asks for it, both (T, K); and the weights (T, E)."""
         if allowed_BSE is not None:
             choice_TE = choice_TE.masked_fill(~allowed_BSE.flatten(0, 1), -torch.inf)
-        index_TK = choice_TE.topk(self.k, dim=-1).indices
-        asked_TKE = functional.one_hot(index_TK, choice_TE.shape[-1]).bool()
+        index_TK = top_k_index(choice_TE, self.k)
+        asked_TK = torch.ones_like(index_TK, dtype=torch.bool)
         if allowed_BSE is not None:
-            asked_TKE = asked_TKE & allowed_BSE.flatten(0, 1)[:, None]
+            asked_TK = allowed_BSE.flatten(0, 1).gather(-1, index_TK)
         if self.normalize:
-            sum_T1 = (scores_TE * asked_TKE.any(1)).sum(-1, keepdim=True)
+            sum_T1 = (scores_TE.gather(-1, index_TK) * asked_TK).sum(-1, keepdim=True)
             scores_TE = scores_TE / torch.where(sum_T1 > 0, sum_T1, 1.0)
-        return self._sample(asked_TKE, scores_TE), scores_TE
+        return index_TK, self._sample(index_TK, asked_TK, scores_TE), scores_TE
 
-    def _sample(self, asked_TKE: Tensor, weight_TE: Tensor) -> Tensor:
-        return asked_TKE
+    def _sample(self, index_TK: Tensor, asked_TK: Tensor, weight_TE: Tensor) -> Tensor:
+        return asked_TK
 
-    def _served(self, asked_GNKE: Tensor, rank_BSE: Tensor, capacity_GE: Tensor) -> Tensor:
-        groups, tokens, k, num_experts = asked_GNKE.shape
-        if self.order == "token":
-            place_GNE = asked_GNKE.any(2).cumsum(1) - 1
-            return asked_GNKE & (place_GNE < capacity_GE[:, None])[:, :, None]
-        if self.order == "position":
-            # Places in the queue of each expert: all first choices by position, then all second ones.
-            queue_GQE = asked_GNKE.transpose(1, 2).reshape(groups, k * tokens, num_experts)
-            place_GQE = queue_GQE.cumsum(1) - 1
-            served_GQE = queue_GQE & (place_GQE < capacity_GE[:, None])
-            return served_GQE.view(groups, k, tokens, num_experts).transpose(1, 2)
-        by_expert_GEN = rank_BSE.reshape(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
-        asked_GEN = asked_GNKE.any(2).transpose(1, 2).flatten(0, 1)
+    def _served(self, index_TK: Tensor, asked_TK: Tensor, ranked_TE: Tensor, capacity_GE: Tensor) -> Tensor:
+        """Boolean (T, K): who gets a place."""
+        groups, num_experts = capacity_GE.shape
+        if self.order in ("position", "token"):
+            return self._first_come(index_TK.view(groups, -1, self.k), asked_TK.view(groups, -1, self.k), capacity_GE)
+        tokens = len(index_TK) // max(groups, 1)
+        by_expert_GEN = ranked_TE.view(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
+        asked_TE = _mark(index_TK, asked_TK, num_experts)
+        asked_GEN = asked_TE.view(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
         most = tokens if self.factor is None else max(_ceil(share, tokens) for share in self._shares(num_experts))
         best_GEN = top_of_groups(by_expert_GEN, asked_GEN, capacity_GE.flatten(), most)
-        return asked_GNKE & best_GEN.view(groups, num_experts, tokens).transpose(1, 2)[:, :, None]
+        best_TE = best_GEN.view(groups, num_experts, tokens).transpose(1, 2).reshape(ranked_TE.shape)
+        return asked_TK & best_TE.gather(-1, index_TK)
+
+    def _first_come(self, index_GNK: Tensor, asked_GNK: Tensor, capacity_GE: Tensor) -> Tensor:
+        """Who is among the first in the queue of each expert: all first choices by position, then all second ones;
+        or, with order `token`, all choices of one token before those of the next."""
+        num_queues = capacity_GE.numel()
+        first_G11 = torch.arange(0, num_queues, capacity_GE.shape[1], device=index_GNK.device)[:, None, None]
+        queue_GNK = (index_GNK + first_G11).masked_fill(~asked_GNK, num_queues)  # those that do not ask wait apart
+        queue_GQ = queue_GNK if self.order == "token" else queue_GNK.transpose(1, 2)
+        place_GQ = place_in_queue(queue_GQ.flatten(), num_queues + 1).view(queue_GQ.shape)
+        place_GNK = place_GQ if self.order == "token" else place_GQ.transpose(1, 2)
+        places_GNK = functional.pad(capacity_GE.flatten(), (0, 1))[queue_GNK]
+        return (asked_GNK & (place_GNK < places_GNK)).flatten(0, 1)
+
+
+def _mark(index_TK: Tensor, marked_TK: Tensor, num_experts: int) -> Tensor:
+    """Boolean (T, E), true at the marked indices."""
+    mask_TE = torch.zeros(len(index_TK), num_experts, dtype=torch.bool, device=index_TK.device)
+    return mask_TE.scatter(-1, index_TK, marked_TK)
 
 
 def _ceil(share: Fraction, tokens: Count) -> Count:
@@ -196,9 +215,9 @@ def _ceil(share: Fraction, tokens: Count) -> Count:
 class _Sampled(Capacity):
     """The rule with `second = random` in training: weak further choices are often not asked for."""
 
-    def _sample(self, asked_TKE: Tensor, weight_TE: Tensor) -> Tensor:
-        asked_weight_TKE = asked_TKE * weight_TE.detach()[:, None]
-        share_TK = asked_weight_TKE.sum(-1) / asked_weight_TKE.sum((1, 2))[:, None]
+    def _sample(self, index_TK: Tensor, asked_TK: Tensor, weight_TE: Tensor) -> Tensor:
+        asked_weight_TK = asked_TK * weight_TE.detach().gather(-1, index_TK)
+        share_TK = asked_weight_TK / asked_weight_TK.sum(-1, keepdim=True)
         keep_TK = torch.rand_like(share_TK) < self.k * share_TK
         keep_TK[:, 0] = True
-        return asked_TKE & keep_TK[..., None]
+        return asked_TK & keep_TK

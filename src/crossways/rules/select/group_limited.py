@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.rules.select.base import Selection, check_budget, check_whole
+from crossways.rules.select.base import Selection, check_budget, check_whole, top_k_index
 from crossways.rules.select.top_k import TopK
 
 GroupScore = Literal["top2", "max", "top"]
@@ -85,10 +85,16 @@ class GroupLimited(Selection):
         """Boolean (B, S, E): the experts of each token's best groups."""
         choice_TGN = choice_BSE.reshape(-1, self.n_group, choice_BSE.shape[-1] // self.n_group)
         allowed_TGN = allowed_BSE.reshape(choice_TGN.shape)
-        best_TGM = choice_TGN.masked_fill(~allowed_TGN, -torch.inf).topk(self.best_of_group).values
+        choice_TGN = choice_TGN.masked_fill(~allowed_TGN, -torch.inf)
+        best_TGM = choice_TGN.gather(-1, _best(choice_TGN, self.best_of_group))
         # An expert that must not be chosen adds nothing, instead of ruling out the rest of its group.
         group_TG = best_TGM.masked_fill(best_TGM == -torch.inf, 0.0).sum(-1)
         group_TG = group_TG.masked_fill(~allowed_TGN.any(-1), -torch.inf)
-        index_TA = group_TG.topk(self.topk_group, dim=-1).indices
+        index_TA = top_k_index(group_TG, self.topk_group)
         chosen_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(-1, index_TA, True)
         return chosen_TG[..., None].expand_as(choice_TGN).reshape(choice_BSE.shape)
+
+
+def _best(choice_TGN: Tensor, count: int) -> Tensor:
+    """Indices of the `count` best experts of each group, (T, G, count)."""
+    return top_k_index(choice_TGN.flatten(0, 1), count).unflatten(0, choice_TGN.shape[:2])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
+from crossways.native import routing
 from crossways.rules.select.base import Selection, check_budget, check_number, valid_tokens, whole
 
 
@@ -88,6 +89,9 @@ def pooled_cutoff(twin: Threshold, choice_BSE: Tensor, allowed_BSE: Tensor | Non
             return choice_BSE.new_full((shares,), torch.nan)
         num_valid = valid_T.sum()
         rank = (num_valid.double() * twin.k / shares + 0.5).floor().clamp(min=1).long().clamp(max=most)
+        if routing.fits(pools_CN):
+            cutoff_C = routing.top_of_rows(pools_CN, None, rank.expand(len(pools_CN)))[1]
+            return torch.where(num_valid > 0, cutoff_C, torch.nan)
         best_CN = pools_CN.topk(most, dim=-1).values
         cutoff_C = best_CN.index_select(1, (rank - 1)[None])[:, 0].float()
         return torch.where(num_valid > 0, cutoff_C, torch.nan)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crossways.assignment import Assignment
-from crossways.rules.select.base import Selection, check_budget, check_whole
+from crossways.rules.select.base import Selection, check_budget, check_whole, top_k_index
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class TopK(Selection):
         num_experts = choice_BSE.shape[-1]
         choice_TE, scores_TE = choice_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts)
         if allowed_BSE is None:
-            index_TK = choice_TE.topk(self.k, dim=-1).indices
+            index_TK = top_k_index(choice_TE, self.k)
             return Assignment.from_topk(index_TK, scores_TE.gather(-1, index_TK), num_experts)
         allowed_TE = allowed_BSE.reshape(-1, num_experts)
-        index_TK = choice_TE.masked_fill(~allowed_TE, -torch.inf).topk(self.k, dim=-1).indices
+        index_TK = top_k_index(choice_TE.masked_fill(~allowed_TE, -torch.inf), self.k)
         # What is not allowed goes to one more expert, whose pairs are then left out.
         expert_TK = torch.where(allowed_TE.gather(-1, index_TK), index_TK, num_experts)
         everything = Assignment.from_topk(expert_TK, scores_TE.gather(-1, index_TK), num_experts + 1)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.rules.select.base import Selection, check_number, check_whole
+from crossways.rules.select.base import Selection, check_number, check_whole, top_k_index
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TopP(Selection):
         if allowed_BSE is not None:
             choice_TE = choice_TE.masked_fill(~allowed_BSE.flatten(0, 1), -torch.inf)
         num_experts = choice_TE.shape[-1]
-        index_TK = choice_TE.topk(min(self.cap or num_experts, num_experts), dim=-1).indices
+        index_TK = top_k_index(choice_TE, min(self.cap or num_experts, num_experts))
         probs_TK = scores_TE.detach().gather(-1, index_TK)
         before_TK = functional.pad(probs_TK.cumsum(-1)[:, :-1], (1, 0))  # what the better experts hold already
         taken_TK = ~(before_TK >= self.p)  # unlike <, true after a NaN

@@ -1,0 +1,194 @@
+"""The `fused` backend: C++ that takes a group of tokens all the way through an expert while both are in the cache.
+
+It is compiled on first use (`crossways.native`); `native/experts.cpp` says what it does and why it is fast. Here are the
+operators that PyTorch sees: opaque to `torch.compile`, so that a compiled layer has no graph break.
+
+Legend: T tokens, P pairs, E experts, D model width, F expert width, H rows of the first matrix (2F gated, F plain).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossways.assignment import Assignment
+from crossways.experts.activation import Activation
+from crossways.native import library, why_not_native
+
+_FUNCTIONS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "reglu": 2, "relu": 2}
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of native/experts.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "experts", "width", "expert_width")),
+        *((name, ctypes.c_int64) for name in ("gated", "function", "threads")),
+        *((name, ctypes.c_void_p) for name in ("token", "offsets", "weight", "x", "up", "down", "kept", "y")),
+        *((name, ctypes.c_void_p) for name in ("grad_y", "grad_x", "grad_up", "grad_down", "grad_weight")),
+    )
+
+
+def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run on tensors of this device and dtype, or None. May compile the C++ parts."""
+    if device.type != "cpu":
+        return f"it is for CPU tensors, and these are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {dtype}"
+    if reason := why_not_native():
+        return reason
+    if dtype == torch.bfloat16 and not library().crossways_matrix_unit():
+        return "in bfloat16 it needs a processor (and a compiler that knows it) with AMX"
+    return None
+
+
+def fused(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation) -> Tensor:
+    """Same contract as `naive`; first derivatives only. Takes assignments with slack.
+
+    Raises:
+        ValueError: for an assignment that names tokens that do not exist.
+    """
+    inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return forward(*inputs, assignment.token_P, assignment.offsets_E1, activation.name, save)[0]
+
+
+def _tensors(
+    x_TD: Tensor, weight_P: Tensor, up_EHD: Tensor, down_EDF: Tensor, token_P: Tensor, offsets_E1: Tensor
+) -> dict[str, Tensor]:
+    """As the C++ reads them. They must stay alive while it does."""
+    return {
+        "x": x_TD.contiguous(),
+        "weight": weight_P.float().contiguous(),
+        "up": up_EHD.contiguous(),
+        "down": down_EDF.contiguous(),
+        "token": token_P.to(torch.int64).contiguous(),
+        "offsets": offsets_E1.to(torch.int64).contiguous(),
+    }
+
+
+def _problem(tensors: dict[str, Tensor], activation: str) -> _Problem:
+    tokens, width = tensors["x"].shape
+    experts, _, expert_width = tensors["down"].shape
+    return _Problem(
+        tokens=tokens,
+        experts=experts,
+        width=width,
+        expert_width=expert_width,
+        gated=Activation(activation).gated,
+        function=_FUNCTIONS[activation],
+        threads=torch.get_num_threads(),
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+    )
+
+
+def _kept(x_TD: Tensor, up_EHD: Tensor, token_P: Tensor, save: bool) -> Tensor:
+    """Room for what the first matrices return. Each expert's pairs are rounded up to a multiple of 32; room for the
+    most that can take is known without looking at the loads, and what is never touched costs nothing."""
+    experts, rows, _ = up_EHD.shape
+    return x_TD.new_empty((token_P.shape[0] + 31 * experts) * rows if save else 0)
+
+
+@torch.library.custom_op("crossways::fused_experts", mutates_args=(), device_types="cpu")
+def forward(
+    x_TD: Tensor,
+    weight_P: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    token_P: Tensor,
+    offsets_E1: Tensor,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output (T, D), and what backward needs."""
+    tensors = _tensors(x_TD, weight_P, up_EHD, down_EDF, token_P, offsets_E1)
+    tensors["y"] = torch.empty_like(tensors["x"])
+    kept = _kept(x_TD, up_EHD, token_P, save)
+    problem = _problem(tensors | ({"kept": kept} if save else {}), activation)
+    if not library().crossways_valid(ctypes.byref(problem), ctypes.c_int64(len(token_P))):
+        raise ValueError(
+            f"the assignment does not fit: a token outside [0, {len(x_TD)}), or offsets that are not its pairs'; "
+            "build it with Assignment.from_pairs, from_topk or from_mask"
+        )
+    library().crossways_experts_forward(ctypes.byref(problem), int(x_TD.dtype == torch.bfloat16))
+    return tensors["y"], kept
+
+
+@forward.register_fake
+def _(
+    x_TD: Tensor,
+    weight_P: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    token_P: Tensor,
+    offsets_E1: Tensor,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape), _kept(x_TD, up_EHD, token_P, save)
+
+
+@torch.library.custom_op("crossways::fused_experts_backward", mutates_args=(), device_types="cpu")
+def backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_P: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    token_P: Tensor,
+    offsets_E1: Tensor,
+    kept: Tensor,
+    activation: str,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, up and down; empty where not `wanted`."""
+    tensors = _tensors(x_TD, weight_P, up_EHD, down_EDF, token_P, offsets_E1)
+    tensors |= {"kept": kept, "grad_y": grad_TD.to(x_TD.dtype).contiguous()}
+    grads = {
+        name: torch.empty_like(tensors[name]) if want else x_TD.new_empty(0)
+        for name, want in zip(("x", "weight", "up", "down"), wanted, strict=True)
+    }
+    out = {f"grad_{name}": grads[name] for name, want in zip(grads, wanted, strict=True) if want}
+    if wanted[1]:
+        grads["weight"].zero_()  # slack belongs to nobody
+    problem = _problem(tensors | out, activation)
+    library().crossways_experts_backward(ctypes.byref(problem), int(x_TD.dtype == torch.bfloat16))
+    return grads["x"], grads["weight"].to(weight_P.dtype), grads["up"], grads["down"]
+
+
+@backward.register_fake
+def _(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_P: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    token_P: Tensor,
+    offsets_E1: Tensor,
+    kept: Tensor,
+    activation: str,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, up, down = (
+        leaf.new_empty(leaf.shape if want else (0,))
+        for leaf, want in zip((x_TD, weight_P, up_EHD, down_EDF), wanted, strict=True)
+    )
+    return x, weight, up, down
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, activation, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.activation = activation
+
+
+def _differentiate(ctx: Any, grad_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:4])
+    grads = backward(grad_TD, *ctx.saved_tensors, ctx.activation, wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
+
+
+forward.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,116 @@
+// One thread's forward pass through some hidden rows of one expert.
+#pragma once
+#include "activation.h"
+#include "problem.h"
+
+namespace crossways {
+
+// Two neighbouring rows of a right panel.
+inline void put_pair(float* panel, int64_t row, int c, Vec low, Vec high) {
+  _mm512_storeu_ps(panel + row * SIDE + 16 * c, low);
+  _mm512_storeu_ps(panel + (row + 1) * SIDE + 16 * c, high);
+}
+inline void put_pair(bf16* panel, int64_t row, int c, Vec low, Vec high) {
+  _mm512_storeu_si512(reinterpret_cast<uint32_t*>(panel) + row / 2 * SIDE + 16 * c, pair_words(low, high));
+}
+
+// Right panels that hold `depth` summed values for each of their columns.
+template <class T>
+Right panels_of(const T* words, int64_t depth) {
+  constexpr int per = Kind<T>::per_word;
+  return {reinterpret_cast<const uint32_t*>(words), SIDE, BLOCK / per, round_up(depth, SIDE) * SIDE / per};
+}
+
+// The same with columns laid out for few tokens where that is faster; `thin` is the space for it.
+template <class T>
+Right panels_for(const T* words, int64_t depth, int64_t columns, float* thin) {
+  Right right = panels_of(words, depth);
+  if (Kind<T>::per_word > 1 || columns > THIN) return right;
+  thin_columns(reinterpret_cast<const float*>(words), depth, thin);
+  right.thin = thin;
+  return right;
+}
+
+// The first product's block to a hidden block: gated, 16 gate rows over 16 value rows; plain, 32 rows.
+template <class T, Function function, bool gated>
+void activate(const Layer<T>& l, const Group& g, int64_t panel, const Slice& s, int64_t f, const float* c, T* hidden) {
+  Vec weight[2];
+  weights_of(l.p, g, panel, weight);
+  const int64_t F = l.F, columns = l.columns(s.expert), rows = std::min<int64_t>(F - f, gated ? 16 : 32);
+  for (int h = 0; h < 2; h++) {
+    const int64_t at = panel * SIDE + 16 * h;
+    if (at >= g.count) return;
+    const __mmask16 mask = first16(g.count - at);
+    T* kept = l.p.kept ? l.kept(s.expert, f, g.first + at) : nullptr;
+    for (int64_t i = 0; i < (gated ? 16 : 32); i += 2) {
+      Vec out[2];
+      for (int j = 0; j < 2; j++) {
+        const float* at_c = c + (i + j) * SIDE + 16 * h;
+        Vec gate = _mm512_loadu_ps(at_c), value = _mm512_loadu_ps(at_c + (gated ? 16 * SIDE : 0));
+        out[j] = _mm512_mul_ps(apply<function>(gate), weight[h]);
+        if (gated) out[j] = _mm512_mul_ps(out[j], value);
+        if (!kept || i + j >= rows) continue;
+        store(kept + (i + j) * columns, gate, mask);
+        if (gated) store(kept + (F + i + j) * columns, value, mask);
+      }
+      put_pair(hidden, f - s.f0 + i, h, out[0], out[1]);
+    }
+  }
+}
+
+// `rows` rows, `depth` values each, in two halves: where they lie if that suits the products, else padded.
+template <class T>
+Left<T> left_of(const Layer<T>& l, const T* top, const T* bottom, int64_t row, int64_t rows, int64_t rows_below,
+                int64_t depth, T* packed) {
+  if (l.aligned) return {{top, bottom}, row, SIDE};
+  const T* half[2] = {top, bottom};
+  const int64_t count[2] = {rows, rows_below};
+  return pack_left(half, count, row, depth, packed);
+}
+
+template <class T, Function function, bool gated>
+void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
+  const Problem& p = l.p;
+  const int64_t D = l.D, F = l.F, depth = s.f1 - s.f0, padded = round_up(depth, SIDE), most = l.group() / SIDE;
+  constexpr int64_t step = gated ? 16 : 32;
+  scratch.reserve((most + 1) * SIDE * (l.Dp + padded) * sizeof(T) + most * BLOCK * 4 + THIN * thin_stride(std::max(l.Dp, padded)) * 4 + 4096);
+  T* inputs = scratch.take<T>(most * SIDE * l.Dp);
+  T* hidden = scratch.take<T>(most * SIDE * padded);
+  T* packed = scratch.take<T>(SIDE * std::max(l.Dp, padded));
+  float* c = scratch.take<float>(most * BLOCK);
+  float* thin = scratch.take<float>(THIN * thin_stride(std::max(l.Dp, padded)));
+  const T *up = l.up(s.expert), *down = l.down(s.expert);
+  auto up_rows = [&](int64_t f) {
+    return left_of(l, up + f * D, up + (gated ? F + f : f + 16) * D, D, F - f, gated ? F - f : F - f - 16, D, packed);
+  };
+  auto down_rows = [&](int64_t d) {
+    return left_of(l, down + d * F + s.f0, down + (d + 16) * F + s.f0, F, D - d, D - d - 16, depth, packed);
+  };
+  for_groups(l, s.expert, [&](const Group& g, bool, bool) {
+    for (int64_t i = 0; i < g.panels(); i++) {
+      const T* rows[SIDE];
+      rows_of(p, g, i, static_cast<const T*>(p.x), D, rows);
+      transpose_panel(rows, D, reinterpret_cast<uint32_t*>(inputs + i * l.Dp * SIDE));
+    }
+    const Right tokens = panels_for(inputs, D, g.count, thin);
+    for (int64_t f = s.f0; f < s.f0 + padded; f += step) {
+      const bool more = f + step < s.f0 + padded;
+      Left<T> left = up_rows(f), next = !l.aligned ? left : more ? up_rows(f + step) : down_rows(0);
+      product(left, tokens, g.count, D, c, false, l.aligned ? &next : nullptr);
+      for (int64_t i = 0; i < g.panels(); i++)
+        activate<T, function, gated>(l, g, i, s, f, c + i * BLOCK, hidden + i * padded * SIDE);
+    }
+    const Right activated = panels_for(hidden, depth, g.count, thin);
+    for (int64_t d = 0; d < D; d += SIDE) {
+      Left<T> left = down_rows(d), next = l.aligned && d + SIDE < D ? down_rows(d + SIDE) : left;
+      product(left, activated, g.count, depth, c, false, l.aligned ? &next : nullptr);
+      for (int64_t i = 0; i < g.panels(); i++) {
+        float* rows[SIDE];
+        rows_of(p, g, i, sum, D, rows);
+        add_columns(c + i * BLOCK, rows, d, D);
+      }
+    }
+  });
+}
+
+}  // namespace crossways

@@ -1,0 +1,131 @@
+// Between rows of tokens, which lie scattered, and the panels that products read.
+//
+// Every function pads with zeros: rows that do not exist, and the columns up to the next multiple of 32.
+#pragma once
+#include "product.h"
+
+namespace crossways {
+
+// 16 words of each of 16 rows, from element `at` of `width`; rows that are null are zero.
+template <class T>
+inline void load_square(const T* const rows[16], int64_t at, int64_t width, Words out[16]) {
+  constexpr int per = Kind<T>::per_word;
+  const __mmask32 mask = first32((width - at) * (2 / per));
+  for (int i = 0; i < 16; i++)
+    out[i] = rows[i] ? _mm512_maskz_loadu_epi16(mask, rows[i] + at) : _mm512_setzero_si512();
+}
+
+// 32 rows to a panel of words [width / per_word][32], transposed.
+template <class T>
+inline void transpose_panel(const T* const rows[SIDE], int64_t width, uint32_t* panel) {
+  constexpr int per = Kind<T>::per_word;
+  Words square[16];
+  for (int64_t at = 0; at < round_up(width, SIDE); at += 16 * per)
+    for (int half = 0; half < 2; half++) {
+      load_square(rows + 16 * half, at, width, square);
+      transpose(square);
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(panel + (at / per + i) * SIDE + 16 * half, square[i]);
+    }
+}
+
+// 32 rows to words that pair neighbouring rows: [width / 32] panels of [32 / per_word][32], `panel` words apart.
+inline void pair_rows(const bf16* const rows[SIDE], int64_t width, uint32_t* words, int64_t panel) {
+  for (int64_t at = 0; at < width; at += 16) {
+    const __mmask16 mask = first16(width - at);
+    uint32_t* out = words + at / SIDE * panel + at % SIDE;
+    for (int i = 0; i < SIDE; i += 2) {
+      Words low = rows[i] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[i] + at)) : Words{};
+      Words high = rows[i + 1] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[i + 1] + at)) : Words{};
+      _mm512_storeu_si512(out + i / 2 * SIDE, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    if (at + 16 >= width && at % SIDE == 0)
+      for (int i = 0; i < SIDE; i += 2) _mm512_storeu_si512(out + 16 + i / 2 * SIDE, Words{});
+  }
+}
+inline void pair_rows(const float* const rows[SIDE], int64_t width, uint32_t* words, int64_t panel) {
+  for (int64_t at = 0; at < round_up(width, SIDE); at += 16)
+    for (int i = 0; i < SIDE; i++) {
+      Vec x = rows[i] ? load(rows[i] + at, first16(width - at)) : Vec{};
+      _mm512_storeu_ps(words + at / SIDE * panel + at % SIDE + i * SIDE, x);
+    }
+}
+
+// A panel of words [width / per_word][32] to left rows [width][32]: word pairs of one column to values of one row.
+inline const float* left_rows(const uint32_t* panel, int64_t, float*) { return reinterpret_cast<const float*>(panel); }
+inline const bf16* left_rows(const uint32_t* panel, int64_t width, bf16* out) {
+  for (int64_t i = 0; i < width / 2; i++)
+    for (int half = 0; half < 2; half++) {
+      Words pair = _mm512_loadu_si512(panel + i * SIDE + 16 * half);
+      _mm256_storeu_si256((__m256i*)(out + 2 * i * SIDE + 16 * half), _mm512_cvtepi32_epi16(pair));
+      _mm256_storeu_si256((__m256i*)(out + (2 * i + 1) * SIDE + 16 * half),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(pair, 16)));
+    }
+  return out;
+}
+
+// `count` rows and `width` columns of a matrix to 32 left rows, [steps][32][32], zero where the matrix ends.
+template <class T>
+inline Left<T> pack_left(const T* const half[2], const int64_t count[2], int64_t stride, int64_t width, T* out) {
+  std::memset(out, 0, round_up(width, SIDE) * SIDE * sizeof(T));
+  for (int h = 0; h < 2; h++)
+    for (int64_t r = 0; r < std::min<int64_t>(count[h], 16); r++)
+      for (int64_t at = 0; at < width; at += SIDE)
+        std::memcpy(out + at * SIDE + (16 * h + r) * SIDE, half[h] + r * stride + at,
+                    std::min<int64_t>(SIDE, width - at) * sizeof(T));
+  return {{out, out + 16 * SIDE}, SIDE, BLOCK};
+}
+
+// `depth` rows of `count` columns of a matrix to left rows, transposed: [count / 32][depth / 32][32][32].
+template <class T>
+inline void pack_columns(const T* from, int64_t stride, int64_t depth, int64_t count, T* out) {
+  constexpr int per = Kind<T>::per_word;
+  const int64_t steps = round_up(depth, SIDE) / SIDE;
+  Words square[16];
+  for (int64_t at = 0; at < steps * SIDE; at += 16 * per)
+    for (int64_t column = 0; column < round_up(count, SIDE); column += 16) {
+      const __mmask16 mask = first16(count - column);
+      if (column % SIDE == 0)  // the rows after these
+        for (int i = 16 * per; i < 32 * per; i++)
+          asm volatile("prefetcht1 %0" : : "m"(*reinterpret_cast<const char*>(from + (at + i) * stride + column)));
+      for (int i = 0; i < 16; i++) {
+        const T* row = from + (at + i * per) * stride + column;
+        if constexpr (per == 1) {
+          square[i] = at + i < depth ? _mm512_castps_si512(load(row, mask)) : Words{};
+        } else {
+          Words low = at + 2 * i < depth ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row)) : Words{};
+          Words high = at + 2 * i + 1 < depth ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + stride))
+                                              : Words{};
+          square[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        }
+      }
+      transpose(square);
+      T* block = out + (column / SIDE * steps + at / SIDE) * BLOCK + column % SIDE * SIDE + at % SIDE;
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(block + i * SIDE, square[i]);
+    }
+}
+
+// Rows `block` * 32 and after of what `pack_columns` made.
+template <class T>
+inline Left<T> packed_rows(const T* packed, int64_t depth, int64_t block) {
+  const T* at = packed + block * round_up(depth, SIDE) * SIDE;
+  return {{at, at + 16 * SIDE}, SIDE, BLOCK};
+}
+
+// Columns of a block are tokens: add each to 32 values of its row; rows that are null do not exist.
+inline void add_columns(const float* c, float* const rows[SIDE], int64_t at, int64_t width) {
+  Words square[16];
+  for (int right = 0; right < 2; right++)
+    for (int down = 0; down < 2; down++) {
+      const __mmask16 mask = first16(width - at - 16 * down);
+      if (!mask) continue;
+      for (int i = 0; i < 16; i++) square[i] = _mm512_loadu_si512(c + (16 * down + i) * SIDE + 16 * right);
+      transpose(square);
+      for (int i = 0; i < 16; i++)
+        if (float* row = rows[16 * right + i]; row) {
+          row += at + 16 * down;
+          store(row, _mm512_add_ps(load(row, mask), _mm512_castsi512_ps(square[i])), mask);
+        }
+    }
+}
+
+}  // namespace crossways
