@@ -166,7 +166,8 @@ def _cell(value: float | None) -> str:
 
 
 def insert(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the table between the page's markers, with the old lines of listed methods without a row; raises `ValueError` if it has none."""
+    """Put the table between the page's markers, with the old lines of listed methods that have no row; raises
+    `ValueError` if the page has no markers."""
     text = page.read_text(encoding="utf-8")
     if START not in text or END not in text:
         raise ValueError(f"{page} lacks the markers {START} and {END}")
