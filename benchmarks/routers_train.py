@@ -118,8 +118,9 @@ def _calibrated(model: CrosswaysForCausalLM, corpus: Corpus, tokenizer: Any) -> 
     return calibrate(model, text, check=check)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown. A perplexity that may flatter is marked."""
+def table(rows: list[dict[str, Any]], kept: dict[str, str] | None = None) -> str:
+    """Rows as Markdown, in the order of the list of methods; `kept` has lines to use where there is no row. A
+    perplexity that may flatter is marked."""
     head = (
         "method",
         "final loss",
@@ -134,25 +135,30 @@ def table(rows: list[dict[str, Any]]) -> str:
         "diverged",
     )
     lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 2) + "|---|"]
-    for row in rows:
-        if row["diverged"]:
-            lines.append(f"| {row['name']} |" + " |" * (len(head) - 2) + f" {row['diverged']} |")
-            continue
-        cells = [
-            row["name"],
-            f"{row['loss']:.3f}",
-            f"{row['perplexity']:.2f}" + (" (leaky)" if row["leaky"] else ""),
-            _cell(row["causal_perplexity"]),
-            _cell(row["calibrated_perplexity"]),
-            _cell(row["budget"]),
-            _cell(row["causal_budget"]),
-            _cell(row["calibrated_budget"]),
-            f"{row['dead']} of {row['experts']}",
-            _cell(row["imbalance"]),
-            "no",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    by_name = (kept or {}) | {row["name"]: _line(row, len(head)) for row in rows}
+    order = {name: position for position, name in enumerate(methods())}
+    names = sorted(by_name, key=lambda name: order.get(name, len(order)))
+    return "\n".join([*lines, *(by_name[name] for name in names)])
+
+
+def _line(row: dict[str, Any], columns: int) -> str:
+    """One row as a line of the table."""
+    if row["diverged"]:
+        return f"| {row['name']} |" + " |" * (columns - 2) + f" {row['diverged']} |"
+    cells = [
+        row["name"],
+        f"{row['loss']:.3f}",
+        f"{row['perplexity']:.2f}" + (" (leaky)" if row["leaky"] else ""),
+        _cell(row["causal_perplexity"]),
+        _cell(row["calibrated_perplexity"]),
+        _cell(row["budget"]),
+        _cell(row["causal_budget"]),
+        _cell(row["calibrated_budget"]),
+        f"{row['dead']} of {row['experts']}",
+        _cell(row["imbalance"]),
+        "no",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(value: float | None) -> str:
@@ -160,12 +166,16 @@ def _cell(value: float | None) -> str:
 
 
 def insert(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the table between the page's markers; raises `ValueError` if it has none."""
+    """Put the table between the page's markers, with the old lines of listed methods that have no row; raises
+    `ValueError` if the page has no markers."""
     text = page.read_text(encoding="utf-8")
     if START not in text or END not in text:
         raise ValueError(f"{page} lacks the markers {START} and {END}")
     before, after = text.split(START)[0], text.split(END)[1]
-    write_text_atomic(page, f"{before}{START}\n\n{table(rows)}\n\n{END}{after}")
+    old = text.split(START)[1].split(END)[0].splitlines()
+    listed = {line.split("|")[1].strip(): line for line in old if line.startswith("|")}
+    kept = {name: listed[name] for name in methods() if name in listed}
+    write_text_atomic(page, f"{before}{START}\n\n{table(rows, kept)}\n\n{END}{after}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -60,6 +60,18 @@ def test_the_table_replaces_what_is_between_the_markers(bench, tmp_path):
         bench.insert(page, [ROW])
 
 
+def test_lines_of_methods_that_were_not_trained_again_are_kept(bench, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{bench.START}\n{bench.END}\n")
+    bench.insert(page, [ROW, ROW | {"name": "base", "loss": 9.0}])
+    bench.insert(page, [ROW | {"loss": 2.0}])
+    lines = page.read_text().splitlines()
+    assert [line.split("|")[1:3] for line in lines if line.startswith(("| usmoe", "| base"))] == [
+        [" usmoe ", " 2.000 "],
+        [" base ", " 9.000 "],
+    ]
+
+
 def test_a_method_is_trained_once(bench, tmp_path, monkeypatch):
     def short(steps):
         return TrainingSettings(max_steps=steps, sequence_length=32, batch_size=2, logging_steps=1, report_to="none")
