@@ -1,7 +1,7 @@
 """The `fused` backend: C++ that takes a group of tokens all the way through an expert while both are in the cache.
 
-It is compiled on first use (`crossways.native`); `native/experts.cpp` says what it does and why it is fast. Here are the
-operators that PyTorch sees: opaque to `torch.compile`, so that a compiled layer has no graph break.
+It is compiled on first use (`crossways.native`); `native/experts.cpp` says what it does and why it is fast. Here are
+the operators that PyTorch sees: opaque to `torch.compile`, so that a compiled layer has no graph break.
 
 Legend: T tokens, P pairs, E experts, D model width, F expert width, H rows of the first matrix (2F gated, F plain).
 """
