@@ -20,7 +20,7 @@ quickstart: $(STAMP)
 	$(BIN)/crossways study quickstart --out runs/quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not pretrained"

@@ -76,6 +76,7 @@ SCORES = {
     "unified": "unified",
     "unified_tokens": {"name": "unified", "alpha": 0.3, "expert_part": "softmax_over_tokens"},
     "sqrt_softplus": "sqrt_softplus",
+    "among_top": {"name": "among_top", "k": 2},
     "token_softmax": "token_softmax",
     "token_softmax_batch": {"name": "token_softmax", "group": "batch"},
 }

@@ -143,9 +143,9 @@ def test_the_same_function_by_construction(kind):
     assert difference(dense, upcycled.model.eval()) < 2e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family):
-    dense = build_dense(family)
+@pytest.mark.parametrize("dense_family", FAMILIES)
+def test_every_family(dense_family):
+    dense = build_dense(dense_family)
     for routing, settings in (SAME["copies_every_second_layer"], SAME["fine_grained"], SAME["cartesian"]):
         upcycled = upcycle(dense, routing, UpcycleSettings(**settings))
         assert upcycled.differences == ()
