@@ -35,7 +35,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. training.max_steps=100."),
 ]
-OutOption = Annotated[Path | None, typer.Option(help="Folder for all results; default runs/RECIPE.")]
+OutOption = Annotated[Path | None, typer.Option(file_okay=False, help="Folder for all results; default runs/RECIPE.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Delete and repeat runs made with other settings.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe and its costs; train nothing.")
@@ -132,7 +132,9 @@ def evaluate(
     overrides: SetOption = None,
     corpus: Annotated[str | None, typer.Option(help="Source of the text; short for --set corpus.source=...")] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Route by the decode twin, as generation does.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file; default CHECKPOINT/evaluation.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="JSON file; default CHECKPOINT/evaluation.json.")
+    ] = None,
 ) -> None:
     """Evaluate a saved model on a corpus: print a table and write JSON.
 
@@ -149,7 +151,7 @@ def evaluate(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
     to: Annotated[str, typer.Option(help="Family of transformers: qwen2-moe or mixtral.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder to write.")],
 ) -> None:
     """Convert a model to a family of transformers, with the same logits, or say why that cannot be."""
     from crossways.models.export import export_checkpoint

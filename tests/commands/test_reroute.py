@@ -195,3 +195,45 @@ def test_a_model_of_crossways_is_refused_with_what_to_do(crossways, tiny, plain,
     code, _, err = crossways("reroute", tmp_path / "ours", "--rule", "usmoe")
     assert code == 2
     assert "routes by crossways already" in err
+
+
+def test_a_window_that_nobody_asked_for_fits_the_model(crossways, plain, text, tmp_path):
+    few = ("--set", "corpus.validation_fraction=0.3")
+    folder = tmp_path / "rerouted"
+    assert crossways("reroute", plain, "--rule", "usmoe", "--corpus", text, *few, "--out", folder)[0] == 0
+    assert crossways("calibrate", folder, "--corpus", text, *few, "--out", folder)[0] == 0
+    assert crossways("eval", folder, "--corpus", text, *few)[0] == 0
+    record = json.loads((folder / "evaluation.json").read_text())
+    assert record["settings"]["evaluation"]["window"] == record["evaluation"]["protocol"]["window"] == 64
+    for command in ("reroute", "calibrate", "eval"):
+        rule = ("--rule", "usmoe") if command == "reroute" else ()
+        out = () if command == "eval" else ("--out", tmp_path / "none")
+        asked = (*few, "--set", "evaluation.window=65")
+        code, _, err = crossways(command, folder, *rule, "--corpus", text, *asked, *out)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--set evaluation.window=64" in err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["reroute", "calibrate", "upcycle", "finetune", "export", "tune", "study", "train"]
+)
+def test_a_file_is_no_folder_to_write_to(crossways, plain, tmp_path, command):
+    (tmp_path / "file").write_text("kept")
+    code, _, err = crossways(command, plain, "--out", tmp_path / "file")
+    assert code == 2
+    assert "is a file" in err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", ["eval", "harness", "embed"])
+def test_a_folder_is_no_file_to_write_to(crossways, plain, tmp_path, command):
+    code, _, err = crossways(command, plain, "--out", tmp_path)
+    assert code == 2
+    assert "is a directory" in err
+
+
+def test_a_mistake_is_reported_in_the_name_of_the_command(crossways, plain, text):
+    code, _, err = crossways("reroute", plain, "--rule", "usmoe", "--corpus", text, "--set", "corpus.sorce=x")
+    assert code == 2
+    assert err.startswith("error: crossways reroute: unknown key 'corpus.sorce'")

@@ -109,8 +109,10 @@ def test_no_gate_looks_at_other_tokens(kind):
         (lambda x_BSD: x_BSD - x_BSD.mean(1, keepdim=True), "later tokens in layer 0"),
         (lambda x_BSD: x_BSD - x_BSD.mean(0, keepdim=True), "other rows in layer 0"),
         (lambda x_BSD: x_BSD * x_BSD.shape[0], "the number of rows in layer 0"),
+        (lambda x_BSD: x_BSD - x_BSD[:, 5:].mean(1, keepdim=True), "later tokens in layer 0"),
+        (lambda x_BSD: torch.cat([x_BSD[:1], x_BSD[1:] + x_BSD[:1]]), "other rows in layer 0"),
     ],
-    ids=["mean_over_sequence", "other_rows", "batch_size"],
+    ids=["mean_over_sequence", "other_rows", "batch_size", "last_token", "first_row"],
 )
 def test_the_probe_finds_gates_that_look_around(look, message):
     class Peeping(Gate):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, linprog, milp
 
+from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.rules.probe import Probe, check_selection, probe_selection
 from crossways.rules.score import Softmax, Unified
@@ -233,6 +234,75 @@ def test_the_probe_finds_false_claims():
 
     with pytest.raises(ValueError, match="padding_inert is declared True but observed False"):
         check_selection(PaddingCompetes(1.0), Probe(trials=10))
+
+
+@pytest.mark.parametrize("rule", [TopC(1.5), ExpertChoice(1.5)], ids=str)
+@pytest.mark.parametrize("sides", [(0, 9), (7, 0), (1, 30)], ids=["right", "left", "both"])
+def test_padding_does_not_turn_ties(rule, sides):
+    left, right = sides
+    for sequence in range(2, 24):
+        scores_BSE = torch.randint(1, 4, (1, sequence, 8)) / 4
+        alone_TE = rule(scores_BSE, scores_BSE).to_dense()
+        wide_BSE = torch.nn.functional.pad(scores_BSE, (0, 0, left, right), value=9.0)
+        allowed_BSE = torch.nn.functional.pad(torch.ones_like(scores_BSE, dtype=torch.bool), (0, 0, left, right))
+        wide_TE = rule(wide_BSE, wide_BSE, allowed_BSE).to_dense()
+        assert torch.equal(wide_TE[left : left + sequence], alone_TE)
+        assert wide_TE.count_nonzero() == alone_TE.count_nonzero()
+
+
+def test_of_equal_pairs_the_first_are_taken():
+    scores_BSE = torch.tensor([[[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]])
+    expected_TE = torch.tensor([[0.5, 0.25, 0.0], [0.0, 0.0, 0.5]])
+    assert torch.equal(TopC(1.5)(scores_BSE, scores_BSE).to_dense(), expected_TE)
+
+
+class Claims(TopK):
+    """Says of itself whatever is safest; what it chooses differs."""
+
+    causal = batch_invariant = True
+    exact_budget = False
+
+    def __call__(self, choice_BSE, scores_BSE, allowed_BSE=None):
+        mask_BSE = self.choose(choice_BSE) & (True if allowed_BSE is None else allowed_BSE)
+        experts = choice_BSE.shape[-1]
+        return Assignment.from_mask(mask_BSE.reshape(-1, experts), scores_BSE.reshape(-1, experts))
+
+
+class InChunksOfHalfTheProbe(Claims):
+    def choose(self, choice_BSE):
+        best = [part.amax((1, 2), keepdim=True).expand_as(part) for part in choice_BSE.split(3, dim=1)]
+        return choice_BSE >= torch.cat(best, dim=1) - 0.3
+
+
+class FirstTokenLooksAhead(Claims):
+    def choose(self, choice_BSE):
+        is_first_S1 = torch.arange(choice_BSE.shape[1])[:, None] == 0
+        return (choice_BSE > 0.4) | (is_first_S1 & (choice_BSE > choice_BSE[:, 1:2, :1].sum()))
+
+
+class FirstRowDecides(Claims):
+    def choose(self, choice_BSE):
+        return torch.cat([choice_BSE[:1] > 0.3, choice_BSE[1:] > choice_BSE[:1, :1, :1]])
+
+
+class CountsPaddingOnTheLeft(Claims):
+    def choose(self, choice_BSE):
+        is_early_S1 = torch.arange(choice_BSE.shape[1])[:, None] < 2
+        return (choice_BSE > 0.4) | (is_early_S1 & (choice_BSE > 0.2))
+
+
+@pytest.mark.parametrize(
+    ("liar", "claim"),
+    [
+        (InChunksOfHalfTheProbe, "causal"),
+        (FirstTokenLooksAhead, "causal"),
+        (FirstRowDecides, "batch_invariant"),
+        (CountsPaddingOnTheLeft, "padding_inert"),
+    ],
+)
+def test_the_probe_finds_what_shows_in_one_place_only(liar, claim):
+    with pytest.raises(ValueError, match=f"{claim} is declared True but observed False"):
+        check_selection(liar(1))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

@@ -236,3 +236,8 @@ def test_the_original_is_timed_bare_and_the_choice_rerouted(run, monkeypatch):
     assert rules.count(None) == rules.count(result.chosen.setting.rule) == 5
     assert rules[2:4] in ([None, rules[3]], [rules[2], None])
     assert rules[2:4] == rules[6:8] != rules[4:6]
+
+
+def test_a_window_that_nobody_asked_for_fits_the_model(olmoe, tokenizer, corpus, settings, tmp_path):
+    result = tune(olmoe, tokenizer, corpus, tmp_path, settings=settings, verify=False)
+    assert result.protocol["window"] == 64

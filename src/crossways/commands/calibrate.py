@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crossways.errors import UserError
-
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +19,9 @@ if TYPE_CHECKING:
 
 def calibrate_command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
-    out: Annotated[Path, typer.Option(help="Folder for the calibrated model; may be CHECKPOINT itself.")],
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the calibrated model; may be CHECKPOINT itself.")
+    ],
     recipe: Annotated[
         str | None, typer.Option(help="Take corpus, split_seed and evaluation from this recipe.")
     ] = None,
@@ -50,11 +50,9 @@ def calibrate_command(
 
     no_bars_in_logs()
     sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
-    request = requested(checkpoint, recipe, sets)
+    request = requested(checkpoint, recipe, sets, "crossways calibrate")
     model, tokenizer = load_causal_lm(checkpoint)
-    context = subject_of(model).context
-    if context is not None and request.evaluation.window > context:
-        raise UserError(f"evaluation.window {request.evaluation.window} exceeds the model's context of {context}")
+    request = request.for_context(subject_of(model).context)
     text = load_corpus(request.corpus, request.split_seed)
 
     report = calibrate(

@@ -48,7 +48,9 @@ def embed_command(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights, such as bfloat16; default as saved.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda; default the CPU.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the record; default: only print.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="JSON file for the record; default: only print.")
+    ] = None,
     list_tasks: Annotated[bool, typer.Option("--list", help="List the shipped task lists and exit.")] = False,
 ) -> None:
     """Embed texts with MODEL, which was never trained for it, and run tasks of mteb on the embeddings."""

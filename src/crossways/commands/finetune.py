@@ -10,7 +10,9 @@ import typer
 
 def finetune_command(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe, smollm2-docstrings or usmoe-alpaca, or a file.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for everything; default runs/finetune/RECIPE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for everything; default runs/finetune/RECIPE.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. tuning.max_steps=100."),

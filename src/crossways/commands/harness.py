@@ -41,7 +41,9 @@ def harness_command(
     max_length: Annotated[int | None, typer.Option(min=2, help="Most tokens; default the model's context.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights, such as bfloat16; default as saved.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda; default the CPU.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the record; default: only print.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="JSON file for the record; default: only print.")
+    ] = None,
     list_tasks: Annotated[bool, typer.Option("--list", help="List the shipped task lists and exit.")] = False,
 ) -> None:
     """Run downstream tasks of lm-eval on MODEL; print the figures and write them with the routing behind them."""
@@ -115,7 +117,7 @@ def figures_table(record: HarnessRecord) -> Table:
     )
     if routing.leaky:
         caption += f"\nmay flatter: {routing.leak_reason}"
-    table = Table("task", "metric", "value", "standard error", "examples", title=record.model, caption=caption)
+    table = Table("task", "metric", "value", "standard error", "few-shot", title=record.model, caption=caption)
     table.caption_justify = "left"
     for task in record.tasks:
         error = "" if task.stderr is None else f"{task.stderr:.4f}"

@@ -27,9 +27,11 @@ def reroute_command(
     renormalize: Annotated[
         bool | None, typer.Option("--renormalize/--raw", help="Whether each token's weights sum to one.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the rerouted model; default: only print.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for the rerouted model; default: only print.")
+    ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="Text to calibrate decode twins on: embedded, files, or a hub data set.")
+        str | None, typer.Option(help="Text to calibrate decode twins on: stdlib, files or a data set.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, in whole documents.")] = 100_000,
     overrides: Annotated[
@@ -55,6 +57,7 @@ def reroute_command(
         return
     if model_name is None:
         raise UserError("give a MODEL: a folder or a hub name (or --list)")
+    from crossways.evaluation.prepared import numbers
     from crossways.surgery.checkpoint import load_causal_lm
     from crossways.surgery.handle import handle_of
     from crossways.surgery.reroute import reroute
@@ -63,7 +66,7 @@ def reroute_command(
     attached = handle_of(model)
     if attached is not None:
         attached.undo()
-    handle = reroute(model, rule, select=_spec(select), score=_spec(score), k=_budgets(k), renormalize=renormalize)
+    handle = reroute(model, rule, select=_spec(select), score=_spec(score), k=numbers(k), renormalize=renormalize)
     console.print(handle.table())
     if corpus is not None:
         report = _calibrated(model, tokenizer, model_name, corpus, overrides or [], tokens)
@@ -92,9 +95,11 @@ def _calibrated(model: Any, tokenizer: Any, name: str, corpus: str, overrides: l
     from crossways.calibrate import calibrate
     from crossways.commands.calibrate import documents_batches
     from crossways.evaluation.command import requested
+    from crossways.evaluation.subject import subject_of
     from crossways.training.corpus import load_corpus
 
-    request = requested(Path(name), None, [*overrides, f"corpus.source={corpus}"])
+    sets = [*overrides, f"corpus.source={corpus}"]
+    request = requested(Path(name), None, sets, "crossways reroute").for_context(subject_of(model).context)
     text = load_corpus(request.corpus, request.split_seed)
     return calibrate(
         model,
@@ -111,13 +116,3 @@ def _spec(text: str | None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{text!r} is not JSON: {error}") from error
-
-
-def _budgets(text: str | None) -> float | list[float] | None:
-    if text is None:
-        return None
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"-k {text!r}: expected a number, or numbers separated by commas") from error
-    return numbers if "," in text else numbers[0]

@@ -12,7 +12,7 @@ def tune_command(
     model_name: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or hub name of a routed model of transformers.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the evidence beside it.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the checkpoint and the evidence beside it.")],
     corpus: Annotated[
         str | None,
         typer.Option(help="Source of the text; short for --set corpus.source=... Default: the embedded corpus."),

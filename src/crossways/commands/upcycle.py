@@ -20,7 +20,7 @@ def upcycle_command(
     model: Annotated[
         str, typer.Argument(help="Dense model: a folder, a hub's name, a GGUF file, or package:NAME (a GGUF inside).")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the routed model and the tokenizer.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the routed model and the tokenizer.")],
     gguf: Annotated[str | None, typer.Option(help="Name of a GGUF file in MODEL.")] = None,
     experts: Annotated[int, typer.Option(min=1, help="Routed experts; short for --set num_experts=...")] = 8,
     k: Annotated[

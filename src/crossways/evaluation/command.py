@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from crossways.evaluation.evaluate import Evaluated, evaluate_model
-from crossways.evaluation.settings import EvaluationSettings
+from crossways.evaluation.settings import EvaluationSettings, fitted
+from crossways.evaluation.subject import subject_of
 from crossways.settings import Settings
 from crossways.study.atomic import write_text_atomic
 from crossways.study.load import apply_overrides, load_recipe, validated
@@ -31,6 +32,10 @@ class EvaluationRequest(Settings):
     """Seed of the split into training and validation documents."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """The perplexity protocol."""
+
+    def for_context(self, context: int | None) -> EvaluationRequest:
+        """With a window that a model of this context can read; raises `UserError` if a longer one was asked for."""
+        return self.model_copy(update={"evaluation": fitted(self.evaluation, context)})
 
 
 def evaluate_checkpoint(
@@ -57,6 +62,7 @@ def evaluate_checkpoint(
     """
     request = requested(checkpoint, recipe, overrides)
     model, tokenizer = load_causal_lm(checkpoint)
+    request = request.for_context(subject_of(model).context)
     causal = set_causal(model) if causal else bool(getattr(model.config, "causal_routing", False))
     corpus = load_corpus(request.corpus, request.split_seed)
     evaluated = evaluate_model(model.eval(), tokenizer, corpus, request.evaluation, out.parent / "cache")
@@ -86,9 +92,11 @@ def set_causal(model: Any) -> bool:
     return handle is not None or hasattr(model.config, "causal_routing")
 
 
-def requested(checkpoint: Path, recipe: str | None, overrides: Sequence[str]) -> EvaluationRequest:
+def requested(
+    checkpoint: Path, recipe: str | None, overrides: Sequence[str], command: str = "crossways eval"
+) -> EvaluationRequest:
     """What to evaluate on: the recipe's, or that of the study the model was trained in, or the defaults; then
-    `overrides`."""
+    `overrides`. Mistakes are reported in the name of `command`."""
     raw: dict[str, Any] = {}
     settings = checkpoint.parent / "settings.json"
     if recipe is not None:
@@ -98,7 +106,7 @@ def requested(checkpoint: Path, recipe: str | None, overrides: Sequence[str]) ->
         kept = json.loads(settings.read_text(encoding="utf-8"))
         raw = {key: kept[key] for key in EvaluationRequest.model_fields}
         raw["corpus"].pop("content", None)
-    return validated(EvaluationRequest, apply_overrides(raw, overrides), "crossways eval")
+    return validated(EvaluationRequest, apply_overrides(raw, overrides), command)
 
 
 def _table(evaluated: Evaluated, checkpoint: Path) -> Table:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from crossways.errors import UserError
 from crossways.evaluation.perplexity import Likelihood, score_batches
-from crossways.evaluation.settings import EvaluationSettings
+from crossways.evaluation.settings import EvaluationSettings, fitted
 from crossways.evaluation.subject import subject_of
 from crossways.experts import resolve_backend
 from crossways.gates import Linear, build_gate
@@ -68,8 +67,7 @@ def evaluate_model(
         UserError: a window longer than the model's context, or a decode twin that was never estimated.
     """
     subject = subject_of(model)
-    if subject.context is not None and settings.window > subject.context:
-        raise UserError(f"evaluation.window {settings.window} exceeds the model's context of {subject.context}")
+    settings = fitted(settings, subject.context)
     windows = _windows(tokenizer, corpus, settings)
     dtype = getattr(torch, settings.dtype)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from crossways.calibrate import calibrate
 from crossways.commands.calibrate import documents_batches
 from crossways.errors import UserError
-from crossways.evaluation.settings import EvaluationSettings
+from crossways.evaluation.settings import EvaluationSettings, fitted
 from crossways.evaluation.subject import subject_of
 from crossways.models import CrosswaysConfig
 from crossways.rules.registry import nearest
@@ -19,9 +19,6 @@ from crossways.surgery.checkpoint import load_causal_lm
 from crossways.surgery.handle import handle_of
 from crossways.surgery.reroute import reroute
 from crossways.training.corpus import CorpusSettings, load_corpus
-
-WINDOW = 256
-"""Tokens per window of calibration text, or the model's context if that is shorter."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Of weights."""
@@ -74,7 +71,7 @@ def prepared(
 def calibrate_model(model: Any, tokenizer: PreTrainedTokenizerBase, source: str, tokens: int) -> None:
     """Set the cutoffs of a model's decode twins on the training documents of a corpus."""
     text = load_corpus(CorpusSettings(source=source), 0)
-    protocol = EvaluationSettings(window=min(WINDOW, subject_of(model).context or WINDOW))
+    protocol = fitted(EvaluationSettings(), subject_of(model).context)
     batches = documents_batches(text.train, tokenizer, protocol, tokens)
     check = documents_batches(text.validation, tokenizer, protocol, protocol.window)
     calibrate(model, batches, check=check)

@@ -45,15 +45,16 @@ def check_gate(
         return states, torch.randint(vocab_size, shape, generator=generator)
 
     try:
-        for _ in range(probe.trials):
+        for trial in range(probe.trials):
             ours, other = draw(), draw()
-            expected, cut = _ask(router, ours, step), probe.sequence // 2
+            cut, row = probe.cut_and_row(trial)
+            expected, early, one = _ask(router, ours, step), (slice(None), slice(cut)), slice(row, row + 1)
             later = _mixed(ours, other, torch.arange(probe.sequence)[None] < cut)
-            rows = _mixed(ours, other, torch.arange(probe.batch)[:, None] < 1)
-            alone = [x_BSD[:1] for x_BSD in ours[0]], ours[1][:1]
-            _compare("later tokens", expected, _ask(router, later, step), (slice(None), slice(cut)))
-            _compare("other rows", expected, _ask(router, rows, step), (slice(1), slice(None)))
-            _compare("the number of rows", expected, _ask(router, alone, step), (slice(1), slice(None)))
+            rows = _mixed(ours, other, torch.arange(probe.batch)[:, None] == row)
+            alone = [x_BSD[one] for x_BSD in ours[0]], ours[1][one]
+            _compare("later tokens", _parts(expected, early), _parts(_ask(router, later, step), early))
+            _compare("other rows", _parts(expected, (one,)), _parts(_ask(router, rows, step), (one,)))
+            _compare("the number of rows", _parts(expected, (one,)), _ask(router, alone, step))
     finally:
         gate.train(training)
 
@@ -77,14 +78,13 @@ def _mixed(ours: Inputs, other: Inputs, keep_BS: Tensor) -> Inputs:
     return states, torch.where(keep_BS, ours[1], other[1])
 
 
-def _compare(
-    edited: str,
-    expected: list[tuple[Tensor, Tensor]],
-    seen: list[tuple[Tensor, Tensor]],
-    part: tuple[slice, slice],
-) -> None:
+def _parts(answers: list[tuple[Tensor, Tensor]], part: tuple[slice, ...]) -> list[tuple[Tensor, Tensor]]:
+    return [(logits_BSE[part], chosen_BS[part]) for logits_BSE, chosen_BS in answers]
+
+
+def _compare(edited: str, expected: list[tuple[Tensor, Tensor]], seen: list[tuple[Tensor, Tensor]]) -> None:
     for layer, ((logits_BSE, chosen_BS), (new_BSE, new_BS)) in enumerate(zip(expected, seen, strict=True)):
         # Products of other shapes round otherwise; a gate that looks around differs by far more.
-        same = torch.allclose(new_BSE[part], logits_BSE[part], atol=1e-5, rtol=1e-4)
-        if not (same and torch.equal(new_BS[part], chosen_BS[part])):
+        same = torch.allclose(new_BSE, logits_BSE, atol=1e-5, rtol=1e-4)
+        if not (same and torch.equal(new_BS, chosen_BS)):
             raise ValueError(f"the routing of a token changed with {edited} in layer {layer}")

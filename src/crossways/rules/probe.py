@@ -51,42 +51,75 @@ class Probe:
     seed: int = 0
     """Seed of the inputs."""
 
-    def inputs(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Random logits (B, S, E), other logits (B, S, E) and a boolean mask of valid tokens (B, S), right-padded in
-        odd trials and full in even ones."""
+    def inputs(self) -> Iterator[Trial]:
+        """Right-padded in odd trials and full in even ones; every place to cut and every row comes in turn with each,
+        for a rule may look around within chunks, or let only the first rows decide."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.batch, self.sequence, self.num_experts)
         for trial in range(self.trials):
             logits_BSE, other_BSE = (2 * torch.randn(shape, generator=generator) for _ in range(2))
             shortest = 1 if trial % 2 else self.sequence
             length_B = torch.randint(shortest, self.sequence + 1, (self.batch,), generator=generator)
-            yield logits_BSE, other_BSE, torch.arange(self.sequence) < length_B[:, None]
+            valid_BS = torch.arange(self.sequence) < length_B[:, None]
+            yield Trial(logits_BSE, other_BSE, valid_BS, *self.cut_and_row(trial))
+
+    def cut_and_row(self, trial: int) -> tuple[int, int]:
+        """How many tokens stay when later ones are edited, 1 to S - 1, and which row stays when others are."""
+        return 1 + trial // 2 % (self.sequence - 1), trial // 2 % self.batch
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one trial starts from, and where it edits."""
+
+    logits_BSE: Tensor
+    """Float32 (B, S, E)."""
+    other_BSE: Tensor
+    """Other logits, to edit with."""
+    valid_BS: Tensor
+    """Boolean (B, S), false for padding."""
+    cut: int
+    """The tokens from here on are the later ones."""
+    row: int
+    """All rows but this are the other ones."""
+
+    def with_later(self, ours_BSE: Tensor, other_BSE: Tensor) -> Tensor:
+        """Ours with the later tokens of the other."""
+        return torch.cat([ours_BSE[:, : self.cut], other_BSE[:, self.cut :]], dim=1)
+
+    def with_other_rows(self, ours_BSE: Tensor, other_BSE: Tensor) -> Tensor:
+        """Ours with all rows but one of the other."""
+        is_ours_B = torch.arange(len(ours_BSE)) == self.row
+        return torch.where(is_ours_B[:, None, None], ours_BSE, other_BSE)
+
+    @property
+    def alone(self) -> slice:
+        """The row that stays, as a batch of one."""
+        return slice(self.row, self.row + 1)
 
 
 def probe_selection(rule: Selection, probe: Probe | None = None) -> Properties:
     """Observe a selection on softmax scores. A rule with a running cutoff is probed as `rule.at(cutoff)`."""
     probe = probe or Probe()
     held = {field.name: True for field in fields(Properties)}
-    for logits_BSE, other_BSE, valid_BS in probe.inputs():
-        scores_BSE, other_BSE = logits_BSE.softmax(-1), other_BSE.softmax(-1)
+    for trial in probe.inputs():
+        valid_BS, cut, alone = trial.valid_BS, trial.cut, trial.alone
+        scores_BSE, other_BSE = trial.logits_BSE.softmax(-1), trial.other_BSE.softmax(-1)
         chosen_BSE = _choose(rule, scores_BSE, valid_BS)
-        cut = probe.sequence // 2
-        later_BSE = torch.cat([scores_BSE[:, :cut], other_BSE[:, cut:]], dim=1)
-        others_BSE = torch.cat([scores_BSE[:1], other_BSE[1:]])
-        mixed_BSE = torch.where(valid_BS[..., None], scores_BSE, other_BSE)
-        wide_BSE, wide_BS = _padded(scores_BSE, valid_BS)
-        unpadded_BSE = _choose(rule, wide_BSE, wide_BS)[: probe.batch, : probe.sequence]
+        later_BSE = _choose(rule, trial.with_later(scores_BSE, other_BSE), valid_BS)
         prefix_BSE = _choose(rule, scores_BSE[:, :cut], valid_BS[:, :cut])
+        held["causal"] &= torch.equal(later_BSE[:, :cut], chosen_BSE[:, :cut])
         held["causal"] &= torch.equal(prefix_BSE, chosen_BSE[:, :cut])
-        held["causal"] &= torch.equal(_choose(rule, later_BSE, valid_BS)[:, :cut], chosen_BSE[:, :cut])
-        held["batch_invariant"] &= torch.equal(_choose(rule, others_BSE, valid_BS)[0], chosen_BSE[0])
-        held["batch_invariant"] &= torch.equal(_choose(rule, scores_BSE[:1], valid_BS[:1])[0], chosen_BSE[0])
-        for content_BSE in (other_BSE, logits_BSE.relu()):
+        others_BSE = _choose(rule, trial.with_other_rows(scores_BSE, other_BSE), valid_BS)
+        held["batch_invariant"] &= torch.equal(others_BSE[alone], chosen_BSE[alone])
+        held["batch_invariant"] &= torch.equal(_choose(rule, scores_BSE[alone], valid_BS[alone]), chosen_BSE[alone])
+        for content_BSE in (other_BSE, trial.logits_BSE.relu()):
             count = _choose(rule, content_BSE, valid_BS).count_nonzero()
             held["exact_budget"] &= bool(count == chosen_BSE.count_nonzero())
+        mixed_BSE = torch.where(valid_BS[..., None], scores_BSE, other_BSE)
         held["padding_inert"] &= not chosen_BSE[~valid_BS].any()
         held["padding_inert"] &= torch.equal(_choose(rule, mixed_BSE, valid_BS), chosen_BSE)
-        held["padding_inert"] &= torch.equal(unpadded_BSE, chosen_BSE)
+        held["padding_inert"] &= torch.equal(_unpadded(_choose(rule, *_padded(scores_BSE, valid_BS))), chosen_BSE)
     return Properties(**held)
 
 
@@ -94,21 +127,20 @@ def probe_score(rule: Score, probe: Probe | None = None) -> Properties:
     """Observe a score, up to rounding. A budget does not apply: a score gives no pairs away."""
     probe = probe or Probe()
     causal = batch_invariant = padding_inert = True
-    for logits_BSE, other_BSE, valid_BS in probe.inputs():
+    for trial in probe.inputs():
+        logits_BSE, other_BSE, valid_BS = trial.logits_BSE, trial.other_BSE, trial.valid_BS
+        cut, alone = trial.cut, trial.alone
         scores_BSE = rule(logits_BSE, valid_BS)
-        cut = probe.sequence // 2
-        later_BSE = torch.cat([logits_BSE[:, :cut], other_BSE[:, cut:]], dim=1)
-        others_BSE = torch.cat([logits_BSE[:1], other_BSE[1:]])
-        mixed_BSE = torch.where(valid_BS[..., None], logits_BSE, other_BSE)
-        wide_BSE, wide_BS = _padded(logits_BSE, valid_BS)
-        unpadded_BSE = rule(wide_BSE, wide_BS)[: probe.batch, : probe.sequence]
         early_BS = valid_BS[:, :cut]
-        causal &= _same(rule(later_BSE, valid_BS)[:, :cut], scores_BSE[:, :cut], early_BS)
+        later_BSE = rule(trial.with_later(logits_BSE, other_BSE), valid_BS)
+        causal &= _same(later_BSE[:, :cut], scores_BSE[:, :cut], early_BS)
         causal &= _same(rule(logits_BSE[:, :cut], early_BS), scores_BSE[:, :cut], early_BS)
-        batch_invariant &= _same(rule(others_BSE, valid_BS)[:1], scores_BSE[:1], valid_BS[:1])
-        batch_invariant &= _same(rule(logits_BSE[:1], valid_BS[:1]), scores_BSE[:1], valid_BS[:1])
+        others_BSE = rule(trial.with_other_rows(logits_BSE, other_BSE), valid_BS)
+        batch_invariant &= _same(others_BSE[alone], scores_BSE[alone], valid_BS[alone])
+        batch_invariant &= _same(rule(logits_BSE[alone], valid_BS[alone]), scores_BSE[alone], valid_BS[alone])
+        mixed_BSE = torch.where(valid_BS[..., None], logits_BSE, other_BSE)
         padding_inert &= _same(rule(mixed_BSE, valid_BS), scores_BSE, valid_BS)
-        padding_inert &= _same(unpadded_BSE, scores_BSE, valid_BS)
+        padding_inert &= _same(_unpadded(rule(*_padded(logits_BSE, valid_BS))), scores_BSE, valid_BS)
     return Properties(causal, batch_invariant, padding_inert=padding_inert)
 
 
@@ -156,6 +188,12 @@ def _same(one_BSE: Tensor, other_BSE: Tensor, valid_BS: Tensor) -> bool:
 
 
 def _padded(scores_BSE: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The same batch with one more column and one more row of padding, whose content beats all others."""
-    wide_BSE = torch.nn.functional.pad(scores_BSE, (0, 0, 0, 1, 0, 1), value=20.0)
-    return wide_BSE, torch.nn.functional.pad(valid_BS, (0, 1, 0, 1), value=False)
+    """The same batch with a column of padding on either side and one more row of it, whose content beats all
+    others."""
+    wide_BSE = torch.nn.functional.pad(scores_BSE, (0, 0, 1, 1, 0, 1), value=20.0)
+    return wide_BSE, torch.nn.functional.pad(valid_BS, (1, 1, 0, 1), value=False)
+
+
+def _unpadded(wide_BSE: Tensor) -> Tensor:
+    """Without what `_padded` added."""
+    return wide_BSE[:-1, 1:-1]

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from crossways.errors import UserError
-from crossways.evaluation.settings import EvaluationSettings
+from crossways.evaluation.settings import EvaluationSettings, fitted
 from crossways.evaluation.subject import subject_of
 from crossways.models import CrosswaysConfig
 from crossways.study.lock import locked
@@ -84,7 +84,8 @@ def tune(
     families = tuple(FAMILIES[name] for name in settings.families)
     out = Path(out)
     with locked(out, "tuning"), _evaluating(model):
-        own, costs = _read(model, protocol)
+        own, costs = _read(model)
+        protocol = fitted(protocol, subject_of(model).context)
         families = tuple(family for family in families if family.applies(own))
         if all(family.leaky for family in families):
             raise UserError(
@@ -167,7 +168,7 @@ def _save(job: _Job, bench: Bench, result: TuningResult, *, verify: bool) -> Tun
     return replace(result, reload=check_in_fresh_process(job.out)) if verify else result
 
 
-def _read(model: Any, protocol: EvaluationSettings) -> tuple[OwnRouting, PairCosts]:
+def _read(model: Any) -> tuple[OwnRouting, PairCosts]:
     """What the model does by itself; any rerouting is undone."""
     if isinstance(getattr(model, "config", None), CrosswaysConfig):
         raise UserError(
@@ -177,9 +178,6 @@ def _read(model: Any, protocol: EvaluationSettings) -> tuple[OwnRouting, PairCos
     attached = handle_of(model)
     if attached is not None:
         attached.undo()
-    context = subject_of(model).context
-    if context is not None and protocol.window > context:
-        raise UserError(f"evaluation.window {protocol.window} exceeds the model's context of {context}")
     with reroute(model, "own") as handle:
         return own_routing(handle), pair_costs(model)
 

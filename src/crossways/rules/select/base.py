@@ -159,17 +159,25 @@ def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor
         most: the greatest budget there may be; given, because reading it would wait for the device.
 
     Returns:
-        Boolean (G, N). Ties are broken arbitrarily, but the number taken is exact.
+        Boolean (G, N). Of equal entries the first are taken: equal tokens have equal scores (a text that begins with
+        the same word twice), and what `topk` makes of ties changes with the width of the row, so with padding. A NaN
+        counts as the greatest.
     """
     if routing.fits(choice_GN):
         return routing.top_of_rows(choice_GN, allowed_GN, budget_G)[0]
     most = min(most, choice_GN.shape[1])
+    if most == 0:
+        return torch.zeros_like(choice_GN, dtype=torch.bool)
+    choice_GN = choice_GN.detach().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if allowed_GN is not None:
         choice_GN = choice_GN.masked_fill(~allowed_GN, -torch.inf)
-    index_GM = choice_GN.topk(most, dim=-1).indices
-    taken_GM = torch.arange(most, device=choice_GN.device) < budget_G[:, None]
-    mask_GN = torch.zeros_like(choice_GN, dtype=torch.bool).scatter(1, index_GM, taken_GM)
-    return mask_GN if allowed_GN is None else mask_GN & allowed_GN
+    best_GM = choice_GN.topk(most, dim=-1).values
+    least_G1 = best_GM.gather(1, (budget_G[:, None] - 1).clamp(0, most - 1))
+    above_GN, equal_GN = choice_GN > least_G1, choice_GN == least_G1
+    if allowed_GN is not None:
+        above_GN, equal_GN = above_GN & allowed_GN, equal_GN & allowed_GN
+    left_G1 = budget_G[:, None].clamp(max=most) - above_GN.sum(1, keepdim=True)
+    return (above_GN | (equal_GN & (equal_GN.cumsum(1, dtype=torch.int32) <= left_G1))) & (budget_G > 0)[:, None]
 
 
 def top_k_index(choice_TE: Tensor, k: int) -> Tensor:
