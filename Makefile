@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RUN := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
 PRETRAINED := $(VENV)/.pretrained
@@ -10,13 +11,18 @@ PRETRAINED := $(VENV)/.pretrained
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# What the quickstart needs, and no more; then what tests, evaluation suites and fine-tuning need.
+$(RUN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crossways needs Python 3.11 or newer; this is %s. Try: make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(STAMP): $(RUN)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-quickstart: $(STAMP)
+quickstart: $(RUN)
 	$(BIN)/crossways study quickstart --out runs/quickstart
 
 test: $(STAMP)
