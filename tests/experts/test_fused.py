@@ -46,17 +46,20 @@ def evaluate(chosen, leaves, backend, activation="swiglu"):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
 
 
-def assert_as_naive(index_TK, experts, width, expert_width, dtype, activation="swiglu", slack=1):
+def assert_as_naive(index_TK, experts, width, expert_width, dtype, activation="swiglu"):
     rows = expert_width * (2 if Activation(activation).gated else 1)
     chosen, exact = make(index_TK, experts, width, expert_width, rows, torch.float64)
     _, leaves = make(index_TK, experts, width, expert_width, rows, dtype)
     expected = evaluate(chosen, exact, "naive", activation)
+    plain = evaluate(chosen, leaves, "naive", activation)
     actual = evaluate(chosen, leaves, "fused", activation)
-    for name, ours, reference in zip(("y", "x", "weight", "up", "down"), actual, expected, strict=True):
+    names = ("y", "x", "weight", "up", "down")
+    for name, ours, readable, reference in zip(names, actual, plain, expected, strict=True):
         assert ours.dtype == dtype
         scale = reference.norm().clamp_min(1e-30)
-        error = (ours.double() - reference).norm() / scale
-        assert error <= slack * TOLERANCE[dtype], f"{name}: relative RMS {error:.1e}"
+        error, unavoidable = ((x.double() - reference).norm() / scale for x in (ours, readable))
+        # Of a handful of numbers all may be differences of nearly equal ones; then `naive` is as far off in this dtype.
+        assert error <= max(TOLERANCE[dtype], 4 * unavoidable), f"{name}: relative RMS {error:.1e}"
 
 
 def hot(tokens, experts, k):
@@ -126,8 +129,7 @@ def test_any_shape_in_float32(tokens, experts, width, expert_width, activation, 
     k = 1 + seed % experts
     index_TK = torch.where(torch.rand(tokens, k) < 0.2, -1, torch.rand(tokens, experts).topk(k).indices)
     if (index_TK >= 0).any():
-        # Of a handful of numbers, all may be differences of nearly equal ones.
-        assert_as_naive(index_TK, experts, width, expert_width, torch.float32, activation, slack=10)
+        assert_as_naive(index_TK, experts, width, expert_width, torch.float32, activation)
 
 
 @pytest.mark.parametrize("broken", [0, 17])
