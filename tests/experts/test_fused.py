@@ -58,7 +58,7 @@ def assert_as_naive(index_TK, experts, width, expert_width, dtype, activation="s
         assert ours.dtype == dtype
         scale = reference.norm().clamp_min(1e-30)
         error, unavoidable = ((x.double() - reference).norm() / scale for x in (ours, readable))
-        # Of a handful of numbers all may be differences of nearly equal ones; then `naive` is as far off in this dtype.
+        # Of a few numbers all may be differences of nearly equal ones; then `naive` is as far off in this dtype.
         assert error <= max(TOLERANCE[dtype], 4 * unavoidable), f"{name}: relative RMS {error:.1e}"
 
 
