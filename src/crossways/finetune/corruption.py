@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from crossways.finetune.examples import PROMPT, PROMPT_WITH_INPUT, Example
@@ -33,8 +33,7 @@ def corrupted(examples: Sequence[Example], settings: CorruptionSettings, salt: s
     return tuple(_each(e, lambda text: _replaced(text, settings.rate, vocabulary, rng)) for e in examples)
 
 
-def _each(example: Example, spoil: object) -> Example:
-    assert callable(spoil)
+def _each(example: Example, spoil: Callable[[str], str]) -> Example:
     return Example(spoil(example.prompt), spoil(example.completion))
 
 

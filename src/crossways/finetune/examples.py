@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,8 +97,3 @@ def docstring_examples(source: str, longest: int = 1200) -> Iterator[Example]:
         code = ast.unparse(node)
         if len(code) + len(docstring) <= longest:
             yield Example(PROMPT_WITH_INPUT.format(instruction=DOCSTRING_TASK, input=code), docstring)
-
-
-def is_hub_name(source: str) -> bool:
-    """Whether a source is neither built in nor local."""
-    return source != "stdlib-docstrings" and not Path(source).exists()
