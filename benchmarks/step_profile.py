@@ -3,9 +3,9 @@
     python benchmarks/step_profile.py [--shape quickstart 100M] [--dtype float32 bfloat16] [--steps 5]
 
 The models are those of `train_throughput.py`. An operator belongs to the innermost module of the list below that it
-runs under; a backward operator belongs to the part of the forward operator whose gradient it computes. What has neither
-(the loss, residual sums, rotary tables) is `rest`. Times are the operators' own on the thread that calls them, so the
-profiler's cost per operator is in them: parts of many small operators look dearer than they are.
+runs under; a backward operator belongs to the part of the forward operator whose gradient it computes. What has
+neither (the loss, residual sums, rotary tables) is `rest`. Times are the operators' own on the thread that calls
+them, so the profiler's cost per operator is in them: parts of many small operators look dearer than they are.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PARTS = {
     "experts": "experts",
     "mlp": "routing",
 }
-"""Last name of a module's path to the part it is reported as; the innermost wins, so `mlp` means what is in the routed
-layer but neither a gate nor experts: building assignments, choosing."""
+"""Last name of a module's path to the part it is reported as; the innermost wins, so `mlp` means what is in the
+routed layer but neither a gate nor experts: building assignments, choosing."""
 
 
 @contextmanager
