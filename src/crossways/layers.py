@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.experts.module import Experts
+from crossways.experts.weighted_inputs import on_weighted_inputs
 from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.router import Router
 from crossways.routing import Context, Routing
+
+
+WeightsOn = Literal["output", "input"]
 
 
 class FeedForward(nn.Module):
@@ -64,12 +68,30 @@ class SharedExpert(FeedForward):
         return y_BSD if self.scale == 1.0 else y_BSD * self.scale
 
 
+class Latent(nn.Module):
+    """One projection into the smaller space that routed experts read and write, and one back (`moe_latent_size` of
+    Megatron-core): their matrices shrink by the same factor, for two matrices that every token multiplies by."""
+
+    def __init__(self, hidden_size: int, latent_size: int) -> None:
+        """
+        Args:
+            hidden_size: D.
+            latent_size: width of the smaller space.
+        """
+        super().__init__()
+        self.down_proj = nn.Linear(hidden_size, latent_size, bias=False)
+        self.up_proj = nn.Linear(latent_size, hidden_size, bias=False)
+
+
 class MoE(nn.Module):
     """y = sum over chosen experts of weight_e FFN_e(x), plus FFN_shared(x) where there is a shared expert.
 
     The shared expert (DeepSeekMoE, arXiv 2401.06066, section 3.2; SMoE-Share of CartesianMoE, arXiv 2410.16077) is
     not routed and not weighted, and may have any width. Zero-computation experts (MoE++, arXiv 2410.07348) come
     after the feed-forward experts in the router's numbering.
+
+    With a latent space FFN_e is up(E_e(down(x))), where down and up belong to the layer: router, shared expert and
+    zero-computation experts keep the full width. With weights on the `input` it is FFN_e(weight_e x) that is summed.
     """
 
     def __init__(
@@ -78,6 +100,8 @@ class MoE(nn.Module):
         experts: Experts,
         shared_expert: nn.Module | None = None,
         zero_computation: ZeroComputationExperts | None = None,
+        latent: Latent | None = None,
+        weights_on: WeightsOn = "output",
     ) -> None:
         """
         Args:
@@ -85,10 +109,12 @@ class MoE(nn.Module):
             experts: the feed-forward experts, first in the router's numbering.
             shared_expert: (B, S, D) to (B, S, D), or None.
             zero_computation: the experts after them, or None.
+            latent: to and from the space of `experts`, or None where that is the layer's.
+            weights_on: what routing weights multiply, each expert's `output` or its `input`.
         """
         super().__init__()
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
-        self.zero_computation = zero_computation
+        self.zero_computation, self.latent, self.weights_on = zero_computation, latent, weights_on
 
     @property
     def routers(self) -> tuple[Router, ...]:
@@ -120,10 +146,19 @@ class MoE(nn.Module):
 
     def _routed(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         if self.zero_computation is None:
-            return self.experts(x_TD, assignment)
+            return self._feed_forward(x_TD, assignment)
         first = assignment.num_experts - self.zero_computation.num_experts
         rest = assignment.of_experts(first, assignment.num_experts)
-        return self.experts(x_TD, assignment.of_experts(0, first)) + self.zero_computation(x_TD, rest)
+        y_TD = self._feed_forward(x_TD, assignment.of_experts(0, first))
+        return y_TD + self._weighed(self.zero_computation, x_TD, rest)
+
+    def _feed_forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+        if self.latent is None:
+            return self._weighed(self.experts, x_TD, assignment)
+        return self.latent.up_proj(self._weighed(self.experts, self.latent.down_proj(x_TD), assignment))
+
+    def _weighed(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment) -> Tensor:
+        return on_weighted_inputs(experts, x_TD, assignment) if self.weights_on == "input" else experts(x_TD, assignment)
 
 
 Skip = Literal["factor", "input"]

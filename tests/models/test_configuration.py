@@ -116,10 +116,10 @@ def test_subclasses_refuse_as_plainly():
 
 def test_plans_follow_the_routed_layers(tiny_config):
     config = tiny_config(num_hidden_layers=6, moe_every=2, sharing={"name": "block", "size": 2})
-    assert config.moe_layers == [1, 3, 5]
+    assert config.routed_layers == [1, 3, 5]
     assert config.gate_plan == [(0,), (0,), (1,)]
     cartesian = tiny_config(layer="cartesian", num_factors=2, sharing={"name": "block", "size": 2})
     assert cartesian.factors == 2
     assert cartesian.gate_plan == [(0, 1), (0, 1)]
     assert tiny_config(num_factors=5).factors == 1
-    assert tiny_config(moe_every=0).moe_layers == []
+    assert tiny_config(moe_every=0).routed_layers == []

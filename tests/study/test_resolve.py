@@ -18,7 +18,7 @@ def test_every_shipped_recipe_has_variants_of_equal_size(name):
     reference = variants[recipe.match.reference].parameters
     for variant in variants.values():
         assert variant.parameters.active == pytest.approx(reference.active, rel=0.01), variant.name
-        if variant.config().moe_layers:
+        if variant.config().routed_layers:
             assert variant.parameters.total == pytest.approx(reference.total, rel=0.01), variant.name
 
 
@@ -36,7 +36,7 @@ def test_a_dry_run_is_yaml_with_widths_parameters_and_operations(name):
 def test_quickstart_compares_what_it_says():
     recipe = load_recipe("quickstart")
     configs = {name: variant.config() for name, variant in resolve(recipe).items()}
-    assert configs["dense"].moe_layers == []
+    assert configs["dense"].routed_layers == []
     assert configs["smoe-share"].load_balance_coef == 0.01
     assert configs["indep-no-balance"].load_balance_coef == 0
     assert configs["fine-grained"].num_experts == 2 * configs["smoe-share"].num_experts

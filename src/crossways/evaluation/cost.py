@@ -4,8 +4,8 @@ Conventions. Parameters include embeddings and head, which the `non_embedding` c
 counts once. *Active* is what one token uses at the selection's mean budget k: all but the experts it skips.
 Operations are those of matrix products, 2 m n k each, the backward pass twice the forward; attention's two products
 are counted over the full S x S square, not its causal half (as torch's counter does, and PaLM, arXiv 2204.02311,
-appendix B). Norms, activations, rotary embeddings, the optimizer and recomputation under gradient checkpointing are
-left out.
+appendix B). Norms, biases, activations, rotary embeddings, the optimizer and recomputation under gradient
+checkpointing are left out.
 
 Legend: S sequence.
 """
@@ -96,14 +96,15 @@ def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
 def forward_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> float:
     """Matrix-product operations per token of a forward pass over windows of S tokens, without the loss."""
     model = build_on_meta(config)
-    experts_used = mean_budget(config) / config.router_size if config.moe_layers else 0.0
+    experts_used = mean_budget(config) / config.router_size if config.routed_layers else 0.0
     weights = 0.0
     gates = set(model.model.gates.modules())
     for module in model.modules():
         if isinstance(module, nn.Linear) and module not in gates:
             weights += _size(module)
         elif isinstance(module, Experts):
-            weights += _size(module) * experts_used
+            matrices = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 3)
+            weights += matrices * experts_used
     # A shared gate is stored once and applied by every router that shares it, unless that repeats a decision.
     reuses = build_sharing(config.sharing).reuses_decision
     applied = [gate for layer, planned in enumerate(config.gate_plan) if not reuses(layer) for gate in planned]

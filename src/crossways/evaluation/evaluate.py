@@ -158,7 +158,7 @@ def rule_name(config: CrosswaysConfig) -> str:
     A gate other than one plain matrix is named too, and so are layers that do not each have their own:
     `top_k(k=2) of softmax() of low_rank(rank=4), shared by all()`.
     """
-    if not config.moe_layers:
+    if not config.routed_layers:
         return "dense"
     gate, sharing = build_gate(config.gate), build_sharing(config.sharing)
     rule = f"{describe(_selection(config))} of {describe(build_score(config.score))}"
@@ -169,7 +169,7 @@ def rule_name(config: CrosswaysConfig) -> str:
 
 def leak_reason(config: CrosswaysConfig) -> str:
     """Why the rule's perplexity flatters, in words; empty for a causal, batch-invariant rule or a dense model."""
-    if not config.moe_layers or config.causal_routing:
+    if not config.routed_layers or config.causal_routing:
         return ""
     return _leak_of([_selection(config), build_score(config.score)])
 

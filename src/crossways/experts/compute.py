@@ -15,6 +15,7 @@ from torch.nn import functional
 from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.experts.activation import Activation
+from crossways.experts.biased import Biases, with_biases
 from crossways.experts.fused import fused, why_not_fused
 from crossways.experts.grouped import grouped
 from crossways.experts.loop import loop
@@ -97,6 +98,7 @@ def compute_experts(
     down_EDF: Tensor,
     activation: Activation,
     backend: str = "auto",
+    biases: Biases | None = None,
 ) -> Tensor:
     """y[t] = sum over t's pairs of weight * down_e(activation(up_e(x[t]))).
 
@@ -109,6 +111,7 @@ def compute_experts(
         down_EDF: second matrices (E, D, F).
         activation: between the two.
         backend: a name from `backends()`, or `auto`.
+        biases: what up_e and down_e add, of the dtype of the matrices; None for nothing.
 
     Returns:
         (T, D) in the dtype of `x_TD`; zero rows for tokens that chose nobody.
@@ -118,12 +121,15 @@ def compute_experts(
         ValueError: when shapes or dtypes do not fit each other.
     """
     _check_shapes(x_TD, assignment, up_EHD, down_EDF, activation)
+    if biases is not None:
+        _check_biases(biases, up_EHD, down_EDF)
     device, dtype = x_TD.device.type, x_TD.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             tensors = x_TD.to(low), assignment, up_EHD.to(low), down_EDF.to(low)
-            return compute_experts(*tensors, activation, backend).to(dtype)
+            low_biases = None if biases is None else Biases(biases.up_EH.to(low), biases.down_ED.to(low))
+            return compute_experts(*tensors, activation, backend, low_biases).to(dtype)
     if up_EHD.dtype != dtype or down_EDF.dtype != dtype:
         raise ValueError(
             f"inputs are {dtype} but expert weights {up_EHD.dtype} and {down_EDF.dtype}; convert one, or use autocast"
@@ -131,8 +137,19 @@ def compute_experts(
     name = resolve_backend(backend, x_TD.device, dtype)
     if name not in _TAKE_SLACK:
         assignment = assignment.compact()
+    if biases is not None and name == "naive":
+        return naive(x_TD, assignment, up_EHD, down_EDF, activation, biases)
     function = _OURS.get(name) or partial(run_peer, name)
+    if biases is not None:
+        return with_biases(function, x_TD, assignment, up_EHD, down_EDF, activation, biases)
     return function(x_TD, assignment, up_EHD, down_EDF, activation)
+
+
+def _check_biases(biases: Biases, up_EHD: Tensor, down_EDF: Tensor) -> None:
+    got, fitting = [tuple(bias.shape) for bias in biases], [tuple(up_EHD.shape[:2]), tuple(down_EDF.shape[:2])]
+    if got != fitting or {bias.dtype for bias in biases} != {up_EHD.dtype}:
+        dtypes = [str(bias.dtype) for bias in biases]
+        raise ValueError(f"biases {got} of {dtypes} do not fit expert weights, which need {fitting} of {up_EHD.dtype}")
 
 
 def _check_shapes(

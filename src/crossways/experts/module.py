@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
+from crossways.experts.biased import Biases
 from crossways.experts.compute import backends, compute_experts
 
 
@@ -17,7 +18,8 @@ class Experts(nn.Module):
     """E feed-forward networks, held as two stacked tensors so that checkpoints of transformers' MoEs convert.
 
     Gated activations have `gate_up_proj` (E, 2F, D), gate rows first; plain ones `up_proj` (E, F, D); both have
-    `down_proj` (E, D, F).
+    `down_proj` (E, D, F). With biases they have `gate_up_proj_bias` (E, 2F) or `up_proj_bias` (E, F), and
+    `down_proj_bias` (E, D), which start at zero.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class Experts(nn.Module):
         intermediate_size: int,
         activation: str = "swiglu",
         backend: str = "auto",
+        bias: bool = False,
     ) -> None:
         """
         Args:
@@ -35,6 +38,7 @@ class Experts(nn.Module):
             intermediate_size: F, of each expert.
             activation: swiglu, geglu, reglu, silu, gelu or relu.
             backend: `auto` or one of `crossways.experts.backends()`; whether it can run is known at the first call.
+            bias: whether both products add a bias (gpt-oss; `moe.bias` of sigma-MoE's code).
 
         Raises:
             ValueError: for an unknown activation or backend, or a size below 1.
@@ -49,6 +53,10 @@ class Experts(nn.Module):
         up = nn.Parameter(torch.empty(num_experts, rows, hidden_size))
         self.register_parameter(self._up_name, up)
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        if bias:
+            self.register_parameter(f"{self._up_name}_bias", nn.Parameter(torch.empty(num_experts, rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.has_bias = bias
         self.reset_parameters()
 
     @property
@@ -56,16 +64,19 @@ class Experts(nn.Module):
         return "gate_up_proj" if self.activation.gated else "up_proj"
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Draw every weight from a normal distribution of this standard deviation."""
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=std)
+        """Draw every weight from a normal distribution of this standard deviation; biases are zero."""
+        for name, parameter in self.named_parameters():
+            nn.init.normal_(parameter, std=0.0 if name.endswith("_bias") else std)
 
     def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         """(T, D) to (T, D): each token's experts, weighted and summed."""
-        up_EHD = getattr(self, self._up_name)
-        return compute_experts(x_TD, assignment, up_EHD, self.down_proj, self.activation, self.backend)
+        up_EHD, biases = getattr(self, self._up_name), None
+        if self.has_bias:
+            biases = Biases(getattr(self, f"{self._up_name}_bias"), self.down_proj_bias)
+        return compute_experts(x_TD, assignment, up_EHD, self.down_proj, self.activation, self.backend, biases)
 
     def extra_repr(self) -> str:
         """Sizes, activation and backend."""
         experts, hidden, width = self.down_proj.shape
-        return f"{experts} x {hidden} -> {width}, activation={self.activation.name}, backend={self.backend}"
+        bias = ", bias=True" if self.has_bias else ""
+        return f"{experts} x {hidden} -> {width}, activation={self.activation.name}, backend={self.backend}{bias}"

@@ -42,9 +42,9 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(CrosswaysDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.gate_plan = dict(zip(config.moe_layers, config.gate_plan, strict=True))
+        self.gate_plan = dict(zip(config.routed_layers, config.gate_plan, strict=True))
         gate = build_gate(config.gate)
-        users = build_sharing(config.sharing).deciding(len(config.moe_layers))
+        users = build_sharing(config.sharing).deciding(len(config.routed_layers))
         self.gates = nn.ModuleList(
             gate.build(config.hidden_size, config.router_size, num_layers, config.vocab_size)
             for num_layers in users

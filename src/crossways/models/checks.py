@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from crossways.errors import UserError
@@ -19,6 +20,7 @@ CHOICES = {
     "layer": ("moe", "cartesian"),
     "cartesian_skip": ("factor", "input"),
     "router_input": ("factor", "layer"),
+    "weights_on": ("output", "input"),
     "load_balance_probs": ("softmax", "scores"),
     "load_balance_pairs": ("executed", "asked", "first"),
     "load_balance_scope": ("batch", "step"),
@@ -28,6 +30,7 @@ LEAST = {
     "num_factors": 1,
     "num_experts": 1,
     "moe_intermediate_size": 1,
+    "moe_latent_size": 0,
     "shared_expert_intermediate_size": 0,
     "zero_experts": 0,
     "copy_experts": 0,
@@ -83,8 +86,8 @@ def check_configuration(config: CrosswaysConfig) -> None:
         )
     _check_losses(config, select)
     sharing = build_sharing(config.sharing)
-    if config.moe_layers:
-        sharing.check(len(config.moe_layers))
+    if config.routed_layers:
+        sharing.check(len(config.routed_layers))
 
 
 def _check_ranges(config: CrosswaysConfig) -> None:
@@ -92,6 +95,8 @@ def _check_ranges(config: CrosswaysConfig) -> None:
         raise UserError(f"moe_every must be 0 (dense) or more, got {config.moe_every}")
     if config.moe_every > config.num_hidden_layers:
         raise UserError(f"moe_every = {config.moe_every} leaves no routed layer among {config.num_hidden_layers}")
+    if config.moe_layers is not None:
+        _check_layers(config.moe_layers, config)
     for field, known in CHOICES.items():
         if (name := getattr(config, field)) not in known:
             raise UserError(f"{field} must be one of {known}, got {name!r}")
@@ -104,6 +109,20 @@ def _check_ranges(config: CrosswaysConfig) -> None:
     for field, least in ABOVE.items():
         if not least < (value := getattr(config, field)) < math.inf:
             raise UserError(f"{field} must be a number above {least}, got {value}")
+
+
+def _check_layers(layers: list[int], config: CrosswaysConfig) -> None:
+    """`moe_layers` by itself, and beside `moe_every`."""
+    if not layers:
+        raise UserError("moe_layers is empty; for a dense model leave it out and set moe_every to 0")
+    ascending = all(before < after for before, after in pairwise(layers))
+    if any(isinstance(layer, bool) for layer in layers) or not ascending or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers:
+        raise UserError(
+            "moe_layers must be ascending indices of layers, from 0 to "
+            f"{config.num_hidden_layers - 1} (not a 0 or 1 for each layer), got {layers}"
+        )
+    if config.moe_every != 1:
+        raise UserError(f"moe_layers = {layers} and moe_every = {config.moe_every} contradict: leave one out")
 
 
 def _check_losses(config: CrosswaysConfig, select: Selection) -> None:

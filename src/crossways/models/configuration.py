@@ -67,6 +67,9 @@ class CrosswaysConfig(LlamaConfig):
     """Normalise each head's queries and keys (RMSNorm before the rotary embedding), as Qwen3 does."""
     moe_every: int = 1
     """Every n-th layer is routed, the n-th first (n = 2: the second, fourth, ...); 1 is all, 0 none (dense)."""
+    moe_layers: list[int] | None = None
+    """Which layers are routed, from 0 and ascending (`[0, 2, 3]`), in place of `moe_every`, which stays at 1; any
+    pattern. None leaves it to `moe_every`."""
     layer: str = "moe"
     """Kind of routed layer: `moe`, or `cartesian` for routed sub-layers in sequence."""
     num_factors: int = 2
@@ -80,6 +83,13 @@ class CrosswaysConfig(LlamaConfig):
     """Routed experts per router (per factor in a Cartesian layer); customary 8 to 256."""
     moe_intermediate_size: int = 1024
     """Width F of a routed expert; fine-grained experts have a fraction of the dense width."""
+    moe_latent_size: int = 0
+    """Width of a smaller space that the routed experts, but not router and shared expert, read and write, between two
+    projections that the layer owns (Megatron-core); 0 is off, else a quarter to a half of `hidden_size`."""
+    expert_bias: bool = False
+    """Whether routed experts have biases on both of their products (gpt-oss); they start at zero."""
+    weights_on: str = "output"
+    """What routing weights multiply: each expert's `output`, or its `input` (Llama 4, with score `sigmoid`)."""
     shared_expert_intermediate_size: int = 0
     """Width of the shared expert (of each factor in a Cartesian layer); 0 for none. Any width is allowed."""
     shared_expert_scale: float | int = 1.0
@@ -214,8 +224,10 @@ class CrosswaysConfig(LlamaConfig):
         """Nothing to do: `save_pretrained` already says where the classes are, without copying their source."""
 
     @property
-    def moe_layers(self) -> list[int]:
+    def routed_layers(self) -> list[int]:
         """Indices of the routed layers, in order."""
+        if self.moe_layers is not None:
+            return list(self.moe_layers)
         return [i for i in range(self.num_hidden_layers) if self.moe_every and (i + 1) % self.moe_every == 0]
 
     @property
@@ -242,7 +254,7 @@ class CrosswaysConfig(LlamaConfig):
     def gate_plan(self) -> list[tuple[int, ...]]:
         """Gate index of every router, a tuple per routed layer."""
         sharing: Sharing = build_sharing(self.sharing)
-        return sharing.plan(len(self.moe_layers), self.factors)
+        return sharing.plan(len(self.routed_layers), self.factors)
 
     @property
     def scheduled(self) -> bool:
@@ -254,6 +266,6 @@ class CrosswaysConfig(LlamaConfig):
         """A name for every router, in the model's order: `layer 2`, or `layer 2 / factor 1`; layers count from 1."""
         return [
             f"layer {layer + 1}" + (f" / factor {factor + 1}" if self.factors > 1 else "")
-            for layer in self.moe_layers
+            for layer in self.routed_layers
             for factor in range(self.factors)
         ]

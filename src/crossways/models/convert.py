@@ -67,13 +67,13 @@ def to_qwen2_moe(model: CrosswaysForCausalLM) -> Qwen2MoeForCausalLM:
     biased = config.attention_bias
     if biased and any(bool(ours[f"{_layer(i)}self_attn.o_proj.bias"].any()) for i in range(config.num_hidden_layers)):
         raise _refused("Qwen2-MoE", "the attention output has a bias that is not zero")
-    routed = set(config.moe_layers)
+    routed = set(config.routed_layers)
     theirs = Qwen2MoeConfig(
         **common_fields(config),
         hidden_act=_hidden_act(config, "Qwen2-MoE", dense=len(routed) < config.num_hidden_layers),
         intermediate_size=config.intermediate_size,
         decoder_sparse_step=max(config.moe_every, 1),
-        mlp_only_layers=[] if routed else list(range(config.num_hidden_layers)),
+        mlp_only_layers=_dense_layers(config),
         moe_intermediate_size=config.moe_intermediate_size,
         shared_expert_intermediate_size=max(config.shared_expert_intermediate_size, 1),
         num_experts_per_tok=k,
@@ -94,16 +94,13 @@ def from_qwen2_moe(model: Qwen2MoeForCausalLM) -> CrosswaysForCausalLM:
     """Our model with the weights and logits of a Qwen2-MoE.
 
     Raises:
-        UserError: if it uses what ours lacks: sliding windows, irregularly placed dense layers, or a shared expert
-            that is gated by the token (a `shared_expert_gate` other than zero).
+        UserError: if it uses what ours lacks: sliding windows, or a shared expert that is gated by the token (a
+            `shared_expert_gate` other than zero).
     """
     theirs = model.config
     if "sliding_attention" in (theirs.layer_types or ()):
         raise UserError("this Qwen2-MoE uses sliding-window attention, which crossways models do not have")
     routed = [hasattr(layer.mlp, "experts") for layer in model.model.layers]
-    step = theirs.decoder_sparse_step if any(routed) else 0
-    if routed != [bool(step) and (i + 1) % step == 0 for i in range(len(routed))]:
-        raise UserError(f"dense layers {theirs.mlp_only_layers} of this Qwen2-MoE are not every n-th layer")
     weights = dict(model.state_dict())
     shared = 0
     for layer, is_routed in enumerate(routed):
@@ -118,7 +115,7 @@ def from_qwen2_moe(model: Qwen2MoeForCausalLM) -> CrosswaysForCausalLM:
         **_routing(theirs.hidden_act, theirs.num_experts_per_tok, theirs.norm_topk_prob),
         attention_bias=theirs.qkv_bias,
         intermediate_size=theirs.intermediate_size,
-        moe_every=step,
+        **_placed(routed, theirs.decoder_sparse_step),
         num_experts=theirs.num_experts,
         moe_intermediate_size=theirs.moe_intermediate_size,
         shared_expert_intermediate_size=shared,
@@ -134,7 +131,7 @@ def to_mixtral(model: CrosswaysForCausalLM) -> MixtralForCausalLM:
     """
     config, k = model.config, _token_choice_k(model, "Mixtral")
     impossible = {
-        "not every layer is routed": config.moe_every != 1,
+        "not every layer is routed": len(config.routed_layers) < config.num_hidden_layers,
         "there is a shared expert": bool(config.shared_expert_intermediate_size),
         "weights are not renormalised": not config.renormalize,
         "attention has biases": config.attention_bias,
@@ -172,6 +169,22 @@ def from_mixtral(model: MixtralForCausalLM) -> CrosswaysForCausalLM:
     return _filled(CrosswaysForCausalLM, config, _with_gates_in_model(dict(model.state_dict()), config), model)
 
 
+def _dense_layers(config: CrosswaysConfig) -> list[int]:
+    """What Qwen2-MoE's `mlp_only_layers` must name beside `decoder_sparse_step`."""
+    if config.moe_every and config.moe_layers is None:
+        return []
+    return [layer for layer in range(config.num_hidden_layers) if layer not in config.routed_layers]
+
+
+def _placed(routed: list[bool], step: int) -> dict[str, Any]:
+    """Our fields that say which layers are routed; `moe_every` where that can say it."""
+    if not any(routed):
+        return {"moe_every": 0}
+    if routed == [(i + 1) % step == 0 for i in range(len(routed))]:
+        return {"moe_every": step}
+    return {"moe_layers": [layer for layer, is_routed in enumerate(routed) if is_routed]}
+
+
 def _layer(index: int) -> str:
     return f"model.layers.{index}."
 
@@ -198,7 +211,7 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, f"its gate is {gate.name!r}, not 'linear'")
     if gate.bias:
         raise _refused(family, "its gates have biases")
-    if any(map(build_sharing(config.sharing).reuses_decision, range(len(config.moe_layers)))):
+    if any(map(build_sharing(config.sharing).reuses_decision, range(len(config.routed_layers)))):
         raise _refused(family, "layers repeat the decision of the layer before")
     if config.zero_computation_experts:
         raise _refused(family, f"it has {config.zero_computation_experts} zero-computation experts")
@@ -208,6 +221,12 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, "its choices are biased by loss-free or quantile balancing")
     if config.shared_expert_intermediate_size and (config.shared_expert_gate or config.shared_expert_scale != 1.0):
         raise _refused(family, "its shared expert is gated or scaled")
+    if config.moe_latent_size:
+        raise _refused(family, f"its experts live in a smaller space of width {config.moe_latent_size}")
+    if config.weights_on != "output":
+        raise _refused(family, f"its weights multiply each expert's {config.weights_on}")
+    if any(bool(parameter.any()) for name, parameter in model.named_parameters() if _is_expert_bias(name)):
+        raise _refused(family, "its experts have biases that are not zero")
     if config.mlp_bias:
         raise _refused(family, "its dense layers have biases")
     if any(router.perturbation is not None for router in model.model.routers):
@@ -245,13 +264,19 @@ def _routing(hidden_act: str, k: int, renormalize: bool) -> dict[str, Any]:
     }
 
 
+def _is_expert_bias(name: str) -> bool:
+    return ".experts." in name and name.endswith("_proj_bias")
+
+
 def _with_gates_per_layer(ours: Weights, config: CrosswaysConfig) -> Weights:
     """Our weights with the model's gates handed out to their layers, Cartesian layers of one factor unwrapped, and
     the scale of the routing weights moved into the experts' second matrices, where it means the same."""
     weights = {
-        name.replace(".mlp.factors.0.", ".mlp."): w for name, w in ours.items() if not name.startswith("model.gates.")
+        name.replace(".mlp.factors.0.", ".mlp."): w
+        for name, w in ours.items()
+        if not name.startswith("model.gates.") and not _is_expert_bias(name)
     }
-    for layer, (gate,) in zip(config.moe_layers, config.gate_plan, strict=True):
+    for layer, (gate,) in zip(config.routed_layers, config.gate_plan, strict=True):
         if config.weight_scale != 1.0:
             name = f"{_layer(layer)}mlp.experts.down_proj"
             weights[name] = weights[name] * config.weight_scale
@@ -261,7 +286,7 @@ def _with_gates_per_layer(ours: Weights, config: CrosswaysConfig) -> Weights:
 
 def _with_gates_in_model(weights: Weights, config: CrosswaysConfig) -> Weights:
     """A family's weights with the gates of its layers moved to the model."""
-    for index, layer in enumerate(config.moe_layers):
+    for index, layer in enumerate(config.routed_layers):
         weights[f"model.gates.{index}.weight"] = weights.pop(f"{_layer(layer)}mlp.gate.weight")
     return weights
 

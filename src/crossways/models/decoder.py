@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from crossways.experts.module import Experts
 from crossways.experts.zero_computation import ZeroComputationExperts
-from crossways.layers import CartesianMoE, MoE, SharedExpert
+from crossways.layers import CartesianMoE, Latent, MoE, SharedExpert
 from crossways.models.configuration import CrosswaysConfig
 from crossways.router import Router, Sparsity
 from crossways.routing import Context, Routing
@@ -51,11 +51,13 @@ def build_moe(config: CrosswaysConfig) -> MoE:
     router = build_router(config)
     experts = Experts(
         config.num_experts,
-        config.hidden_size,
+        config.moe_latent_size or config.hidden_size,
         config.moe_intermediate_size,
         config.expert_activation,
         config.experts_backend,
+        config.expert_bias,
     )
+    latent = Latent(config.hidden_size, config.moe_latent_size) if config.moe_latent_size else None
     shared_width = config.shared_expert_intermediate_size
     shared = None
     if shared_width:
@@ -70,7 +72,7 @@ def build_moe(config: CrosswaysConfig) -> MoE:
     if config.zero_computation_experts:
         numbers = config.zero_experts, config.copy_experts, config.constant_experts
         cheap = ZeroComputationExperts(config.hidden_size, *numbers)
-    return MoE(router, experts, shared, cheap)
+    return MoE(router, experts, shared, cheap, latent, config.weights_on)  # type: ignore[arg-type]
 
 
 def build_routed_layer(config: CrosswaysConfig) -> MoE | CartesianMoE:
@@ -90,7 +92,7 @@ class CrosswaysDecoderLayer(GradientCheckpointingLayer):
         # Qwen3's attention is Llama's with two norms.
         attention: Any = Qwen3Attention if config.qk_norm else LlamaAttention
         self.self_attn = attention(config, layer_idx)
-        self.is_routed = layer_idx in config.moe_layers
+        self.is_routed = layer_idx in config.routed_layers
         self.mlp = build_routed_layer(config) if self.is_routed else LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

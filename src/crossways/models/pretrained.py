@@ -38,8 +38,9 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Experts | ZeroComputationExperts):
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+            for name, parameter in module.named_parameters(recurse=False):
+                std = 0.0 if name.endswith("_bias") else self.config.initializer_range
+                init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, Gate):
             module.reset_parameters(self.config.router_initializer_range or self.config.initializer_range)
         elif isinstance(count := getattr(module, "training_passes", None), torch.Tensor):

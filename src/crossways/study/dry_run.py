@@ -26,9 +26,9 @@ def describe_recipe(recipe: Recipe, only: Sequence[str] | None = None) -> str:
 def _facts(recipe: Recipe, variant: ResolvedVariant) -> dict[str, Any]:
     config, parameters = variant.config(), variant.parameters
     widths: dict[str, int] = {}
-    if len(config.moe_layers) < config.num_hidden_layers:
+    if len(config.routed_layers) < config.num_hidden_layers:
         widths["intermediate_size"] = config.intermediate_size
-    if config.moe_layers:
+    if config.routed_layers:
         widths["moe_intermediate_size"] = config.moe_intermediate_size
         widths["shared_expert_intermediate_size"] = config.shared_expert_intermediate_size
     training = variant.training

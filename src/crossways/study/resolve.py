@@ -108,7 +108,7 @@ def _vocab_size(recipe: Recipe) -> int:
 
 def _solved(recipe: Recipe, name: str, model: Mapping[str, Any], size: ParameterCounts) -> dict[Knob, int]:
     config, asked = build_config(name, model), recipe.variants[name].match
-    routed = bool(config.moe_layers)
+    routed = bool(config.routed_layers)
     quantities: tuple[Quantity, ...] = ("total", "active") if routed else ("active",)
     knobs: tuple[Knob, ...] = (
         ("moe_intermediate_size", "shared_expert_intermediate_size") if routed else ("intermediate_size",)

@@ -45,7 +45,7 @@ def dense_fields(model: PreTrainedModel) -> dict[str, Any]:
     if family not in FAMILIES:
         reason = REASONS.get(family, f"known are {', '.join(FAMILIES)}")
         raise UserError(f"cannot upcycle a {family!r} model: {reason}")
-    if family == "crossways" and config.moe_layers:
+    if family == "crossways" and config.routed_layers:
         raise UserError("this model is routed already; upcycling starts from a dense one (moe_every = 0)")
     if config.hidden_act not in HIDDEN_ACTS.values():
         raise UserError(

@@ -89,6 +89,8 @@ def _of_experts(config: CrosswaysConfig, granularity: int, grouped: bool) -> lis
         elif not grouped:
             why = "" if isinstance(build_gate(config.gate), Linear) else f" (gate {build_gate(config.gate).name!r})"
             found.append(f"the shards of a copy have different rows of the gate{why}")
+    if config.weights_on == "input" and not (config.renormalize and getattr(select, "k", None) in (1, granularity)):
+        found.append("weights on what experts read, other than one, change what they compute")
     wanted = restoring_scale(config, granularity)
     if config.weight_scale != wanted:
         found.append(f"weight_scale is {config.weight_scale:g}, not {wanted:g}")

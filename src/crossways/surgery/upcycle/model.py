@@ -94,8 +94,10 @@ def upcycled_config(dense: PreTrainedModel, routing: Mapping[str, Any], settings
         routed = width - fields.get("shared_expert_intermediate_size", 0)
     if routed < shards or routed % shards:
         raise UserError(f"{routed} routed neurons (of {width}) do not divide into granularity = {shards} shards")
+    if latent := fields.get("moe_latent_size"):
+        raise UserError(f"experts made of a dense network read the model's width: moe_latent_size = {latent} is not 0")
     config = CrosswaysConfig(**{**fields, "moe_intermediate_size": routed // shards})
-    if not config.moe_layers:
+    if not config.routed_layers:
         raise UserError("no layer would be routed: moe_every is 0")
     if config.num_experts % shards:
         raise UserError(f"num_experts = {config.num_experts} is no multiple of granularity = {shards}")
@@ -105,9 +107,9 @@ def upcycled_config(dense: PreTrainedModel, routing: Mapping[str, Any], settings
 
 
 def _fill(model: CrosswaysForCausalLM, weights: dict[str, Tensor], settings: UpcycleSettings, centres: bool) -> None:
-    """Replace every weight but the gates' and the routers'."""
+    """Replace every weight but the gates' and the routers', and the biases of experts, which start at zero."""
     generator = torch.Generator().manual_seed(settings.seed)
-    for index, layer in enumerate(model.config.moe_layers):
+    for index, layer in enumerate(model.config.routed_layers):
         mlp = f"model.layers.{layer}.mlp."
         ffn = take_ffn(weights, layer)
         neurons = _divided(ffn, model.config, settings, layer)
@@ -123,7 +125,7 @@ def _fill(model: CrosswaysForCausalLM, weights: dict[str, Tensor], settings: Upc
             for gate in model.config.gate_plan[index]:
                 start_at_centres(cast(LinearGate, model.model.gates[gate]), centre_ED)
     missing, left_over = model.load_state_dict(weights, strict=False)
-    learnt = (".gates.", ".router.", ".zero_computation.", "training_passes")
+    learnt = (".gates.", ".router.", ".zero_computation.", "_proj_bias", "training_passes")
     missing = [name for name in missing if not any(part in f".{name}" for part in learnt)]
     if missing or left_over:
         raise UserError(f"this model's weights are not as expected: missing {missing[:3]}, unknown {left_over[:3]}")
