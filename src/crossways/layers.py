@@ -18,7 +18,6 @@ from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.router import Router
 from crossways.routing import Context, Routing
 
-
 WeightsOn = Literal["output", "input"]
 
 
@@ -158,7 +157,9 @@ class MoE(nn.Module):
         return self.latent.up_proj(self._weighed(self.experts, self.latent.down_proj(x_TD), assignment))
 
     def _weighed(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment) -> Tensor:
-        return on_weighted_inputs(experts, x_TD, assignment) if self.weights_on == "input" else experts(x_TD, assignment)
+        return (
+            on_weighted_inputs(experts, x_TD, assignment) if self.weights_on == "input" else experts(x_TD, assignment)
+        )
 
 
 Skip = Literal["factor", "input"]

@@ -82,6 +82,11 @@ VARIANTS = {
     "dense": {"moe_every": 0},
     "moe": {},
     "interleaved": {"moe_every": 2},
+    "any layers": {"moe_layers": [0, 3], "sharing": {"name": "block", "size": [1, 1]}},
+    "latent": {"moe_latent_size": 6, "shared_expert_intermediate_size": 5},
+    "latent cartesian": {"moe_latent_size": 6, "layer": "cartesian"},
+    "expert bias": {"expert_bias": True},
+    "weighted inputs": {"weights_on": "input", "moe_latent_size": 6},
     "shared expert": {"shared_expert_intermediate_size": 20},
     "cartesian": {"layer": "cartesian", "num_factors": 3, "shared_expert_intermediate_size": 4},
     "shared gates": {"sharing": {"name": "block", "size": 3}},
@@ -141,6 +146,17 @@ def test_active_leaves_out_only_skipped_experts():
     counts = count_parameters(config)
     assert counts.total - counts.active == round(4 * (8 - 0.5) * expert)
     assert mean_budget(config) == 0.5
+
+
+def test_a_smaller_space_and_biases_by_hand():
+    fields = {"num_experts": 8, "select": {"name": "top_k", "k": 2}, "moe_layers": [0, 1, 3]}
+    plain = count_parameters(tiny(**fields))
+    small = count_parameters(tiny(**fields, moe_latent_size=6, expert_bias=True))
+    # Three routed layers: two projections between 16 and 6; experts of 3 * 12 rows of 6 in place of 16, with biases.
+    expert, smaller = 3 * 12 * 16, 3 * 12 * 6 + 2 * 12 + 6
+    assert small.total - plain.total == 3 * (2 * 16 * 6 + 8 * (smaller - expert))
+    assert small.active - plain.active == 3 * (2 * 16 * 6 + 2 * (smaller - expert))
+    assert small.router == plain.router == 3 * 8 * 16
 
 
 def test_shared_gates_count_once():

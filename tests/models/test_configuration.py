@@ -20,6 +20,7 @@ KINDS = [
     {"score": {"name": "unified", "alpha": 0.25}, "select": {"name": "top_c", "k": 1.5, "group": "batch"}},
     {"select": {"name": "threshold", "value": 0.2}, "sharing": {"name": "block", "size": 2}},
     {"gate": {"name": "recurrent", "state_size": 8}, "sharing": {"name": "decision", "size": [1, 1]}},
+    {"moe_layers": [1], "moe_latent_size": 8, "expert_bias": True, "weights_on": "input"},
     {"load_balance_coef": 0, "router_z_loss_coef": 1, "cutoff_momentum": 0},
 ]
 
@@ -61,6 +62,19 @@ def test_names_alone_become_dictionaries(tiny_config):
         ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size must be at least 0"),
         ({"moe_every": -1}, "moe_every must be 0"),
         ({"moe_every": 3}, "leaves no routed layer among 2"),
+        ({"moe_layers": []}, "moe_layers is empty; for a dense model"),
+        ({"moe_layers": [0, 2]}, r"from 0 to 1 .* got \[0, 2\]"),
+        ({"moe_layers": [-1, 1]}, r"ascending indices of layers"),
+        ({"moe_layers": [1, 0]}, r"ascending .* got \[1, 0\]"),
+        ({"moe_layers": [1, 1]}, r"not a 0 or 1 for each layer\), got \[1, 1\]"),
+        ({"moe_layers": [False, True]}, r"moe_layers|ascending"),
+        ({"moe_layers": [0.5]}, "moe_layers"),
+        ({"moe_layers": [1], "moe_every": 2}, r"moe_layers = \[1\] and moe_every = 2 contradict"),
+        ({"moe_layers": [1], "moe_every": 0}, r"moe_layers = \[1\] and moe_every = 0 contradict"),
+        ({"moe_layers": [1], "sharing": {"name": "block", "size": [1, 1]}}, "are 2 layers, the model routes 1"),
+        ({"moe_latent_size": -1}, "moe_latent_size must be at least 0"),
+        ({"weights_on": "both"}, "weights_on must be one of"),
+        ({"expert_bias": 1}, "expert_bias"),
         ({"expert_activation": "swish"}, "unknown expert activation 'swish'"),
         ({"load_balance_coef": -0.1}, "load_balance_coef must lie in"),
         ({"load_balance_coef": math.nan}, "load_balance_coef must lie in"),
@@ -123,3 +137,8 @@ def test_plans_follow_the_routed_layers(tiny_config):
     assert cartesian.gate_plan == [(0, 1), (0, 1)]
     assert tiny_config(num_factors=5).factors == 1
     assert tiny_config(moe_every=0).routed_layers == []
+    unequal = {"num_hidden_layers": 6, "sharing": {"name": "block", "size": [1, 2]}}
+    pattern = tiny_config(moe_layers=[0, 2, 5], **unequal)
+    assert pattern.routed_layers == [0, 2, 5]
+    assert pattern.gate_plan == [(0,), (1,), (1,)]
+    assert pattern.router_names == ["layer 1", "layer 3", "layer 6"]

@@ -18,6 +18,8 @@ QWEN_LIKE = {
     "renormalised": {"renormalize": True, "select": {"name": "top_k", "k": 3}},
     "scaled": {"renormalize": True, "weight_scale": 2.5, "shared_expert_intermediate_size": 3},
     "every_second": {"num_hidden_layers": 4, "moe_every": 2, "shared_expert_intermediate_size": 5},
+    "any_layers": {"num_hidden_layers": 4, "moe_layers": [0, 3], "sharing": "all"},
+    "all_layers_by_name": {"moe_layers": [0, 1], "expert_bias": True},
     "dense": {"moe_every": 0},
     "block_shared": {"num_hidden_layers": 4, "sharing": {"name": "block", "size": 2}},
     "tied": {"tie_word_embeddings": True},
@@ -59,7 +61,9 @@ def test_qwen2_moe_there_and_back(tiny_model, tokens, kind):
     again = from_qwen2_moe(theirs)
     check_same_logits(model, again, tokens)
     assert again.config.shared_expert_intermediate_size == model.config.shared_expert_intermediate_size
-    if kind not in ("block_shared", "cartesian_of_one", "scaled"):  # the scale moves into the experts
+    assert again.config.routed_layers == model.config.routed_layers
+    # The scale moves into the experts; gates are no longer shared, biases of zero are gone.
+    if kind not in ("block_shared", "cartesian_of_one", "scaled", "any_layers", "all_layers_by_name"):
         for name, value in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], value), name
 
@@ -77,7 +81,8 @@ def test_mixtral_there_and_back(tiny_model, tokens, fields):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_qwen2_moe_of_their_own_becomes_ours(tokens, bias):
+@pytest.mark.parametrize("dense", [[], [1]])
+def test_a_qwen2_moe_of_their_own_becomes_ours(tokens, bias, dense):
     config = Qwen2MoeConfig(
         **TINY_FAMILY,
         num_hidden_layers=4,
@@ -85,7 +90,8 @@ def test_a_qwen2_moe_of_their_own_becomes_ours(tokens, bias):
         moe_intermediate_size=8,
         shared_expert_intermediate_size=10,
         num_experts=4,
-        decoder_sparse_step=2,
+        decoder_sparse_step=1 if dense else 2,
+        mlp_only_layers=dense,
         qkv_bias=bias,
     )
     theirs = Qwen2MoeForCausalLM(config)
@@ -98,6 +104,7 @@ def test_a_qwen2_moe_of_their_own_becomes_ours(tokens, bias):
     ours = from_qwen2_moe(theirs)
     check_same_logits(theirs, ours, tokens)
     check_same_logits(theirs, to_qwen2_moe(ours), tokens)
+    assert (ours.config.moe_every, ours.config.moe_layers) == ((1, [0, 2, 3]) if dense else (2, None))
 
 
 def test_a_mixtral_of_their_own_becomes_ours(tokens):
@@ -112,8 +119,6 @@ def test_models_that_use_what_ours_lacks_are_refused():
     gated = Qwen2MoeForCausalLM(Qwen2MoeConfig(**qwen))
     with pytest.raises(UserError, match="shared_expert_gate is not zero"):
         from_qwen2_moe(gated)
-    with pytest.raises(UserError, match="every n-th"):
-        from_qwen2_moe(Qwen2MoeForCausalLM(Qwen2MoeConfig(**qwen, mlp_only_layers=[1])))
     sliding = Qwen2MoeConfig(**qwen, use_sliding_window=True, sliding_window=4, max_window_layers=2)
     with pytest.raises(UserError, match="sliding"):
         from_qwen2_moe(Qwen2MoeForCausalLM(sliding))
@@ -135,6 +140,8 @@ INEXPRESSIBLE = [
     ({"gate": {"name": "linear", "bias": True}}, "its gates have biases"),
     ({"sharing": {"name": "decision", "size": 2}}, "repeat the decision of the layer before"),
     ({"expert_activation": "relu", "renormalize": True}, "is not gated"),
+    ({"moe_latent_size": 8, "renormalize": True}, "a smaller space of width 8"),
+    ({"weights_on": "input", "renormalize": True}, "weights multiply each expert's input"),
     ({"mlp_bias": True, "moe_every": 2}, "dense layers have biases"),
 ]
 
@@ -151,6 +158,7 @@ def test_what_one_family_lacks_is_refused(tiny_model):
     for fields, reason in (
         ({}, "not renormalised"),
         ({"renormalize": True, "moe_every": 2}, "not every layer is routed"),
+        ({"renormalize": True, "moe_layers": [1]}, "not every layer is routed"),
         ({"renormalize": True, "shared_expert_intermediate_size": 4}, "shared expert"),
         ({"renormalize": True, "attention_bias": True}, "biases"),
     ):
@@ -162,6 +170,10 @@ def test_what_one_family_lacks_is_refused(tiny_model):
     torch.nn.init.ones_(biased.model.layers[1].self_attn.o_proj.bias)
     with pytest.raises(UserError, match="attention output has a bias"):
         to_qwen2_moe(biased)
+    of_experts = tiny_model(expert_bias=True)
+    torch.nn.init.ones_(of_experts.model.layers[1].mlp.experts.gate_up_proj_bias[2])
+    with pytest.raises(UserError, match="experts have biases that are not zero"):
+        to_qwen2_moe(of_experts)
     perturbed = tiny_model()
     perturbed.model.routers[0].perturbation = lambda logits, allowed, decide: decide(logits, allowed)
     with pytest.raises(UserError, match="perturbation"):

@@ -117,6 +117,18 @@ METHODS = {
     },
     "sinkhorn_top1": {"score": "sigmoid", "select": {"name": "sinkhorn", "group": "batch"}},
     "shazeer_importance": {"renormalize": True, "importance_coef": 0.1},
+    "any_layers": {"num_hidden_layers": 5, "moe_layers": [0, 1, 4], "sharing": {"name": "block", "size": [1, 2]}},
+    "latent": {"moe_latent_size": 6, "shared_expert_intermediate_size": 5, "zero_experts": 1, "constant_experts": 1},
+    "latent_cartesian": {"moe_latent_size": 6, "layer": "cartesian", "expert_bias": True},
+    "llama_4": {"weights_on": "input", "score": "sigmoid", "select": {"name": "top_k", "k": 1}},
+    "weighted_inputs_of_all": {
+        "weights_on": "input",
+        "moe_latent_size": 6,
+        "expert_bias": True,
+        "constant_experts": 1,
+        "select": {"name": "top_c", "k": 1.5},
+    },
+    "expert_bias": {"expert_bias": True, "expert_activation": "relu"},
     "stacked_control": {"layer": "cartesian", "router_input": "layer"},
     "causal_token_softmax": {"score": "token_softmax", "causal_routing": True},
     "usmoe_tokens": {

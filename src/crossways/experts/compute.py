@@ -149,7 +149,9 @@ def _check_biases(biases: Biases, up_EHD: Tensor, down_EDF: Tensor) -> None:
     got, fitting = [tuple(bias.shape) for bias in biases], [tuple(up_EHD.shape[:2]), tuple(down_EDF.shape[:2])]
     if got != fitting or {bias.dtype for bias in biases} != {up_EHD.dtype}:
         dtypes = [str(bias.dtype) for bias in biases]
-        raise ValueError(f"biases {got} of {dtypes} do not fit expert weights, which need {fitting} of {up_EHD.dtype}")
+        raise ValueError(
+            f"biases {got} of {dtypes} do not fit expert weights, which need {fitting} of {up_EHD.dtype}"
+        )
 
 
 def _check_shapes(

@@ -1,8 +1,8 @@
 """Weights on what experts read instead of on what they return: y = sum over chosen experts of E_e(weight * x).
 
-Llama 4 (transformers' `Llama4TextMoe`) and `moe_apply_probs_on_input` of Megatron-core, which allows it for one expert
-per token; here for any number. Any expert compute serves it as it is: each pair becomes a token of its own that
-visits its expert with weight one.
+Llama 4 (transformers' `Llama4TextMoe`), and `moe_apply_probs_on_input` of Megatron-core, which allows it for one
+expert per token; here for any number. Any expert compute serves it as it is: each pair becomes a token of its own
+that visits its expert with weight one.
 
 Legend: T tokens, P pairs, D width of the input.
 """

@@ -86,6 +86,15 @@ TOP2 = {"name": "top_k", "k": 2}
 SAME = {
     "copies": ({"num_experts": 4, "select": TOP2}, {}),
     "copies_every_second_layer": ({"num_experts": 4, "moe_every": 2}, {}),
+    "copies_in_any_layers": ({"num_experts": 4, "moe_layers": [1], "expert_bias": True}, {}),
+    "copies_with_a_weight_of_one_on_the_input": (
+        {"num_experts": 4, "select": {"name": "top_k", "k": 1}, "weights_on": "input"},
+        {},
+    ),
+    "shards_with_weights_of_one_on_the_input": (
+        {"num_experts": 8, "select": TOP2, "weights_on": "input"},
+        {"granularity": 2},
+    ),
     "copies_beside_a_shared_part": ({"num_experts": 4, "shared_expert_intermediate_size": 8}, {}),
     "copies_top_p": ({"num_experts": 4, "select": {"name": "top_p", "p": 0.5}}, {}),
     "copies_sigmoid": ({"num_experts": 4, "score": "sigmoid", "select": {"name": "top_k", "k": 1}}, {}),
@@ -166,6 +175,7 @@ DIFFERENT = {
     "somebody_goes_without": ({"num_experts": 4, "select": {"name": "expert_choice", "k": 1}}, {}, "go without"),
     "scaled": ({"num_experts": 4, "weight_scale": 2.5}, {}, "weight_scale is 2.5, not 1"),
     "zero_experts": ({"num_experts": 4, "zero_experts": 2}, {}, "zero-computation"),
+    "weighted_inputs": ({"num_experts": 4, "weights_on": "input"}, {}, "weights on what experts read"),
     "copy_experts": (
         {"num_experts": 4, "copy_experts": 2, "select": {"name": "top_k", "k": 6}},
         {"carrier": "shared"},

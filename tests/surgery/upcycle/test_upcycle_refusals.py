@@ -82,6 +82,8 @@ WRONG = {
     "dense_field": ({"hidden_size": 32}, {}, "hidden_size follows from the dense model"),
     "own_field": ({"moe_intermediate_size": 12}, {}, "moe_intermediate_size follows"),
     "no_layer": ({"moe_every": 0}, {}, "no layer would be routed"),
+    "smaller_space": ({"moe_latent_size": 4}, {}, "moe_latent_size = 4 is not 0"),
+    "contradiction": ({"moe_layers": [1], "moe_every": 2}, {}, "contradict"),
     "groups_without_rows": (
         {"num_experts": 4, "gate": "cosine"},
         {"granularity": 2, "gate_start": "groups"},

@@ -26,7 +26,9 @@ def choose_start(config: CrosswaysConfig, settings: UpcycleSettings) -> Start:
     Groups where top-k can choose whole copies; centres where it chooses some shards of a single copy; else random.
     """
     linear, copies = isinstance(build_gate(config.gate), Linear), config.num_experts // settings.granularity
-    own_gates = len({gate for gates in config.gate_plan for gate in gates}) == len(config.routed_layers) * config.factors
+    own_gates = (
+        len({gate for gates in config.gate_plan for gate in gates}) == len(config.routed_layers) * config.factors
+    )
     asked = settings.gate_start
     if asked in ("groups", "centres") and not linear:
         raise UserError(

@@ -95,7 +95,9 @@ def upcycled_config(dense: PreTrainedModel, routing: Mapping[str, Any], settings
     if routed < shards or routed % shards:
         raise UserError(f"{routed} routed neurons (of {width}) do not divide into granularity = {shards} shards")
     if latent := fields.get("moe_latent_size"):
-        raise UserError(f"experts made of a dense network read the model's width: moe_latent_size = {latent} is not 0")
+        raise UserError(
+            f"experts made of a dense network read the model's width: moe_latent_size = {latent} is not 0"
+        )
     config = CrosswaysConfig(**{**fields, "moe_intermediate_size": routed // shards})
     if not config.routed_layers:
         raise UserError("no layer would be routed: moe_every is 0")
