@@ -32,13 +32,14 @@ def test_a_pattern_that_is_every_nth_is_that_model(tiny_model, tokens):
     assert torch.equal(every(tokens[0]).logits, pattern(tokens[0]).logits)
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_a_latent_layer_is_its_formula(tiny_model, zero):
-    """y = up(sum w_e E_e(down(x))) + shared(x), router and copy expert at full width."""
+@pytest.mark.parametrize(("zero", "weights_on"), [(0, "output"), (1, "output"), (0, "input")])
+def test_a_latent_layer_is_its_formula(tiny_model, zero, weights_on):
+    """y = up(sum w_e E_e(down(x))) + shared(x), router and copy expert at full width; or E_e(w_e down(x))."""
     fields = {
         "moe_latent_size": 6,
         "shared_expert_intermediate_size": 5,
         "copy_experts": zero,
+        "weights_on": weights_on,
         "select": {"name": "top_p", "p": 0.6},
     }
     layer, x_BSD = tiny_model(**fields).model.layers[1].mlp, torch.randn(2, 7, 16)
@@ -51,9 +52,11 @@ def test_a_latent_layer_is_its_formula(tiny_model, zero):
     latent_TL = x_TD @ layer.latent.down_proj.weight.T
     summed_TL = torch.zeros_like(latent_TL)
     for e in range(4):
-        gate_TF, up_TF = (latent_TL @ layer.experts.gate_up_proj[e].T).chunk(2, -1)
+        weight_T1 = matrix_TE[:, e : e + 1]
+        read_TL = latent_TL * weight_T1 if weights_on == "input" else latent_TL
+        gate_TF, up_TF = (read_TL @ layer.experts.gate_up_proj[e].T).chunk(2, -1)
         out_TL = (torch.nn.functional.silu(gate_TF) * up_TF) @ layer.experts.down_proj[e].T
-        summed_TL = summed_TL + matrix_TE[:, e : e + 1] * out_TL
+        summed_TL = summed_TL + (out_TL if weights_on == "input" else weight_T1 * out_TL)
     expected_TD = summed_TL @ layer.latent.up_proj.weight.T + layer.shared_expert(x_TD)
     if zero:
         assert matrix_TE[:, 4].any()

@@ -48,7 +48,7 @@ def with_biases(
     """
     width = x_TD.shape[1]
     appended = _columns(width, x_TD.element_size())
-    one_TC = torch.eye(1, appended, dtype=x_TD.dtype, device=x_TD.device).expand(len(x_TD), appended)
+    one_TC = x_TD.new_ones(len(x_TD), appended)
     bias_EHC = functional.pad(biases.up_EH[..., None], (0, appended - 1))
     y_TD = compute(
         torch.cat([x_TD, one_TC], dim=1),

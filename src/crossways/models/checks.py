@@ -116,11 +116,7 @@ def _check_layers(layers: list[int], config: CrosswaysConfig) -> None:
     if not layers:
         raise UserError("moe_layers is empty; for a dense model leave it out and set moe_every to 0")
     ascending = all(before < after for before, after in pairwise(layers))
-    if (
-        any(isinstance(layer, bool) for layer in layers)
-        or not ascending
-        or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers
-    ):
+    if not ascending or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers:
         raise UserError(
             "moe_layers must be ascending indices of layers, from 0 to "
             f"{config.num_hidden_layers - 1} (not a 0 or 1 for each layer), got {layers}"
