@@ -126,6 +126,7 @@ class MoE(nn.Module):
         residual_BSD: Tensor | None = None,
         contexts: Sequence[Context] = (Context(),),
         router_input_BSD: Tensor | None = None,
+        routers: Sequence[Router] | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """
         Args:
@@ -133,11 +134,13 @@ class MoE(nn.Module):
             residual_BSD: unused; a plain layer depends on its input alone.
             contexts: what each router may look at beside its input, one per router.
             router_input_BSD: what the router reads, by default `x_BSD`.
+            routers: who decides, by default `self.routers`; one per router.
 
         Returns:
             What to add to the residual stream (B, S, D), and the routing of each router.
         """
-        routing = self.router(x_BSD if router_input_BSD is None else router_input_BSD, contexts[0])
+        (router,) = routers or self.routers
+        routing = router(x_BSD if router_input_BSD is None else router_input_BSD, contexts[0])
         y_BSD = self._routed(x_BSD.flatten(0, 1), routing.assignment).view_as(x_BSD)
         if self.shared_expert is not None:
             y_BSD = y_BSD + self.shared_expert(x_BSD)
@@ -210,14 +213,16 @@ class CartesianMoE(nn.Module):
         x_BSD: Tensor,
         residual_BSD: Tensor,
         contexts: Sequence[Context] | None = None,
+        routers: Sequence[Router] | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """As `MoE.forward`, with the residual stream (B, S, D) that `x_BSD` is the norm of."""
-        contexts = contexts or (Context(),) * len(self.factors)
-        added_BSD, routings = self.factors[0](x_BSD, contexts=contexts[:1])
+        contexts, routers = contexts or (Context(),) * len(self.factors), routers or self.routers
+        added_BSD, routings = self.factors[0](x_BSD, contexts=contexts[:1], routers=routers[:1])
         router_input_BSD = x_BSD if self.router_input == "layer" else None
-        for norm, factor, context in zip(self.norms, self.factors[1:], contexts[1:], strict=True):
+        rest = zip(self.norms, self.factors[1:], contexts[1:], routers[1:], strict=True)
+        for norm, factor, context, router in rest:
             x_BSD = norm(residual_BSD + added_BSD)
-            y_BSD, routing = factor(x_BSD, contexts=(context,), router_input_BSD=router_input_BSD)
+            y_BSD, routing = factor(x_BSD, None, (context,), router_input_BSD, (router,))
             last_alone = self.skip == "input" and factor is self.factors[-1]
             added_BSD = y_BSD if last_alone else added_BSD + y_BSD
             routings = (*routings, *routing)

@@ -125,6 +125,31 @@ class Decision(PerBlock):
         return self.position(layer) > 0
 
 
+@dataclass(frozen=True)
+class Repeated(Sharing):
+    """The plan of a model that goes through its layers several times: every round shares as the first does."""
+
+    once: Sharing
+    """The plan of one round."""
+    num_layers: int
+    """MoE layers in a round, at least 1."""
+
+    def block(self, layer: int) -> int:
+        return self.once.block(layer % self.num_layers)
+
+    def check(self, num_layers: int) -> None:
+        self.once.check(self.num_layers)
+
+    def position(self, layer: int) -> int:
+        return self.once.position(layer % self.num_layers)
+
+    def reuses_decision(self, layer: int) -> bool:
+        return self.once.reuses_decision(layer % self.num_layers)
+
+    def deciding(self, num_layers: int) -> list[int]:
+        return self.once.deciding(self.num_layers)
+
+
 def _is_size(size: Any) -> bool:
     return isinstance(size, int | float) and not isinstance(size, bool) and size >= 1 and size % 1 == 0
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from crossways.layers import CartesianMoE
+from crossways.models.repeated import RepeatedRouter
 from crossways.router import Router
-from crossways.sharing import build_sharing
+from crossways.sharing import Sharing
 from crossways.surgery.handle import handle_of
 
 
@@ -41,6 +42,8 @@ def router_sites(model: nn.Module) -> list[Site]:
     for module in model.modules():
         if isinstance(module, CartesianMoE):
             factor_of |= {router: factor for factor, router in enumerate(module.routers)}
+        elif isinstance(module, RepeatedRouter):
+            factor_of[module.router] = module.factor
     sites: list[Site] = []
     layer = -1
     for index, router in enumerate(module for module in model.modules() if isinstance(module, Router)):
@@ -56,5 +59,5 @@ def routers_per_layer(sites: list[Site]) -> int:
 
 
 def _reuses(model: nn.Module, layer: int) -> bool:
-    sharing = getattr(getattr(model, "config", None), "sharing", None)
-    return sharing is not None and build_sharing(sharing).reuses_decision(layer)
+    plan = getattr(getattr(model, "config", None), "sharing_plan", None)
+    return isinstance(plan, Sharing) and plan.reuses_decision(layer)

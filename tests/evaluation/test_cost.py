@@ -83,6 +83,13 @@ VARIANTS = {
     "moe": {},
     "interleaved": {"moe_every": 2},
     "any layers": {"moe_layers": [0, 3], "sharing": {"name": "block", "size": [1, 1]}},
+    "rounds": {
+        "distinct_layers": 2,
+        "sharing": {"name": "decision", "size": 2},
+        "shared_expert_intermediate_size": 4,
+    },
+    "rounds of a cartesian layer": {"distinct_layers": 1, "layer": "cartesian", "moe_latent_size": 6},
+    "dense rounds": {"distinct_layers": 2, "moe_layers": [1, 3]},
     "latent": {"moe_latent_size": 6, "shared_expert_intermediate_size": 5},
     "latent cartesian": {"moe_latent_size": 6, "layer": "cartesian"},
     "expert bias": {"expert_bias": True},
@@ -157,6 +164,19 @@ def test_a_smaller_space_and_biases_by_hand():
     assert small.total - plain.total == 3 * (2 * 16 * 6 + 8 * (smaller - expert))
     assert small.active - plain.active == 3 * (2 * 16 * 6 + 2 * (smaller - expert))
     assert small.router == plain.router == 3 * 8 * 16
+
+
+def test_layers_that_are_gone_through_again_count_once_and_take_other_experts():
+    fields = {"num_experts": 8, "select": {"name": "top_k", "k": 3}}
+    once, twice = (
+        count_parameters(tiny(num_hidden_layers=2, **fields)),
+        count_parameters(tiny(distinct_layers=2, **fields)),
+    )
+    expert = 3 * 16 * 12
+    assert twice.total == once.total
+    assert twice.active - once.active == 2 * (6 - 3) * expert  # two layers, each with up to 6 of its 8 experts
+    often = count_parameters(tiny(distinct_layers=1, **fields))
+    assert often.active == often.total
 
 
 def test_shared_gates_count_once():

@@ -72,6 +72,21 @@ def test_names_alone_become_dictionaries(tiny_config):
         ({"moe_layers": [1], "moe_every": 2}, r"moe_layers = \[1\] and moe_every = 2 contradict"),
         ({"moe_layers": [1], "moe_every": 0}, r"moe_layers = \[1\] and moe_every = 0 contradict"),
         ({"moe_layers": [1], "sharing": {"name": "block", "size": [1, 1]}}, "are 2 layers, the model routes 1"),
+        ({"distinct_layers": -1}, "distinct_layers must be at least 0"),
+        (
+            {"num_hidden_layers": 6, "distinct_layers": 4},
+            "num_hidden_layers = 6 is no multiple of distinct_layers = 4",
+        ),
+        ({"distinct_layers": 4}, "num_hidden_layers = 2 is no multiple of distinct_layers = 4"),
+        ({"distinct_layers": 1, "moe_every": 2}, r"layer i \+ 1 is layer i .* route \[1\]"),
+        (
+            {"num_hidden_layers": 4, "distinct_layers": 2, "moe_layers": [0, 3]},
+            r"both or neither are routed; .* route \[0, 3\]",
+        ),
+        (
+            {"num_hidden_layers": 4, "distinct_layers": 2, "sharing": {"name": "block", "size": [2, 2]}},
+            "are 4 layers, the model routes 2",
+        ),
         ({"moe_latent_size": -1}, "moe_latent_size must be at least 0"),
         ({"weights_on": "both"}, "weights_on must be one of"),
         ({"expert_bias": 1}, "expert_bias"),
@@ -137,6 +152,9 @@ def test_plans_follow_the_routed_layers(tiny_config):
     assert cartesian.gate_plan == [(0, 1), (0, 1)]
     assert tiny_config(num_factors=5).factors == 1
     assert tiny_config(moe_every=0).routed_layers == []
+    again = tiny_config(num_hidden_layers=6, distinct_layers=3, sharing={"name": "block", "size": [1, 2]})
+    assert again.gate_plan == [(0,), (1,), (1,)] * 2
+    assert again.router_names == [f"layer {i}" for i in range(1, 7)]
     unequal = {"num_hidden_layers": 6, "sharing": {"name": "block", "size": [1, 2]}}
     pattern = tiny_config(moe_layers=[0, 2, 5], **unequal)
     assert pattern.routed_layers == [0, 2, 5]

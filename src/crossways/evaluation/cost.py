@@ -24,7 +24,6 @@ from crossways.gates import Gate
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
 from crossways.rules.registry import describe
 from crossways.rules.select import Threshold, build_selection
-from crossways.sharing import build_sharing
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
     total = _size(model)
     experts = sum(_size(module) for module in model.modules() if isinstance(module, Experts))
     used = mean_budget(config) / config.router_size if experts else 0.0
+    used = min(used * config.rounds, 1.0)  # another round takes other experts of a layer, as long as there are any
     active = total - experts + round(experts * used)
     embedding = len({id(p): p for p in (model.model.embed_tokens.weight, model.lm_head.weight)})
     embedding *= config.vocab_size * config.hidden_size
@@ -98,15 +98,16 @@ def forward_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> fl
     model = build_on_meta(config)
     experts_used = mean_budget(config) / config.router_size if config.routed_layers else 0.0
     weights = 0.0
-    gates = set(model.model.gates.modules())
+    gates, layers = set(model.model.gates.modules()), set(model.model.layers.modules())
     for module in model.modules():
+        times = config.rounds if module in layers else 1
         if isinstance(module, nn.Linear) and module not in gates:
-            weights += _size(module)
+            weights += _size(module) * times
         elif isinstance(module, Experts):
             matrices = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 3)
-            weights += matrices * experts_used
+            weights += matrices * experts_used * times
     # A shared gate is stored once and applied by every router that shares it, unless that repeats a decision.
-    reuses = build_sharing(config.sharing).reuses_decision
+    reuses = config.sharing_plan.reuses_decision
     applied = [gate for layer, planned in enumerate(config.gate_plan) if not reuses(layer) for gate in planned]
     weights += sum(cast(Gate, model.model.gates[gate]).weights_per_token() for gate in applied)
     attention_width = config.num_attention_heads * (config.head_dim or 0)

@@ -18,16 +18,23 @@ from transformers.utils.output_capturing import capture_outputs
 
 from crossways.gates import Gate, build_gate
 from crossways.models.configuration import CrosswaysConfig
-from crossways.models.decoder import CrosswaysDecoderLayer
+from crossways.models.decoder import CrosswaysDecoderLayer, build_router
 from crossways.models.outputs import RoutedModelOutput
 from crossways.models.pretrained import CrosswaysPreTrainedModel
+from crossways.models.repeated import CacheFrom, RepeatedRouter
 from crossways.router import Router
 from crossways.routing import Context, Routing
-from crossways.sharing import build_sharing
+
+
+def _repeated_routers(config: CrosswaysConfig) -> nn.ModuleList:
+    return nn.ModuleList(RepeatedRouter(build_router(config), factor) for factor in range(config.factors))
 
 
 class CrosswaysModel(CrosswaysPreTrainedModel):
     """Decoder without a language-model head. It owns the gates, so layers that share one hold no copy of it.
+
+    With `distinct_layers` it holds that many and goes through them several times; `repeats` holds the routers of all
+    rounds but the first.
 
     Where a gate or the selection is scheduled, the buffer `training_passes` counts the forward passes in training
     mode with gradients, or optimizer steps while `crossways.training.steps.OptimizerSteps` sees to it; it is part of
@@ -41,10 +48,15 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     def __init__(self, config: CrosswaysConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(CrosswaysDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        distinct = config.num_hidden_layers // config.rounds
+        self.layers = nn.ModuleList(CrosswaysDecoderLayer(config, i) for i in range(distinct))
+        if config.rounds > 1:
+            self.repeats = nn.ModuleDict(
+                {str(index): _repeated_routers(config) for index in config.routed_layers if index >= distinct}
+            )
         self.gate_plan = dict(zip(config.routed_layers, config.gate_plan, strict=True))
         gate = build_gate(config.gate)
-        users = build_sharing(config.sharing).deciding(len(config.routed_layers))
+        users = config.sharing_plan.deciding(len(config.routed_layers))
         self.gates = nn.ModuleList(
             gate.build(config.hidden_size, config.router_size, num_layers, config.vocab_size)
             for num_layers in users
@@ -61,7 +73,19 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     @property
     def routers(self) -> list[Router]:
         """All R routers, layer by layer and factor by factor, in the order of `routings`."""
-        return [router for layer in self.layers for router in cast(CrosswaysDecoderLayer, layer).routers]
+        return [router for index in self.config.routed_layers for router in self._routers_of(index)]
+
+    def _routers_of(self, index: int) -> tuple[Router, ...]:
+        """Those that decide where the pass is at its layer `index`, 0 to `num_hidden_layers` - 1."""
+        if index < len(self.layers):
+            return cast(CrosswaysDecoderLayer, self.layers[index]).routers
+        repeated = cast(nn.ModuleList, self.repeats[str(index)]) if str(index) in self.repeats else ()
+        return tuple(cast(RepeatedRouter, holder).router for holder in repeated)
+
+    def _cache_at(self, index: int, cache: Cache | None) -> Cache | None:
+        """What the layer at this index of the pass is to take for the cache."""
+        first = index - index % len(self.layers)
+        return cast(Cache, CacheFrom(cache, first)) if first and cache is not None else cache
 
     def count_tokens(self, counts_V: Tensor) -> None:
         """Tell every gate how often each token id occurs in the training text, int64 (V,). Needed once, before the
@@ -73,11 +97,11 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         self, valid_BS: Tensor | None, token_ids_BS: Tensor | None, causal: bool
     ) -> dict[int, list[Context]]:
         """For each routed layer, what its routers may look at, but for what earlier layers will decide."""
-        sharing = build_sharing(self.config.sharing)
+        sharing = self.config.sharing_plan
         step = int(self.training_passes) if self.config.scheduled else 0
         contexts = {}
         for position, (index, gates) in enumerate(self.gate_plan.items()):
-            routers = cast(CrosswaysDecoderLayer, self.layers[index]).routers
+            routers = self._routers_of(index)
             contexts[index] = [
                 Context(
                     gate=self.gates[gate],
@@ -140,15 +164,16 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         )
         routings: tuple[Routing, ...] = ()
         previous: tuple[Routing | None, ...] = (None,) * self.config.factors
-        for index, module in enumerate(self.layers):
-            layer = cast(CrosswaysDecoderLayer, module)
+        for index in range(self.config.num_hidden_layers):
+            layer = cast(CrosswaysDecoderLayer, self.layers[index % len(self.layers)])
             hidden_states, decided = layer(
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                past_key_values=self._cache_at(index, past_key_values),
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                routers=self._routers_of(index),
                 contexts=[
                     replace(context, previous=before)
                     for context, before in zip(contexts.get(index, ()), previous, strict=False)

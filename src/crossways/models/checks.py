@@ -27,6 +27,7 @@ CHOICES = {
 }
 """Fields that name one of several."""
 LEAST = {
+    "distinct_layers": 0,
     "num_factors": 1,
     "num_experts": 1,
     "moe_intermediate_size": 1,
@@ -85,9 +86,11 @@ def check_configuration(config: CrosswaysConfig) -> None:
             f"and constant_experts are {config.zero_computation_experts} together"
         )
     _check_losses(config, select)
-    sharing = build_sharing(config.sharing)
+    build_sharing(config.sharing)
+    if config.distinct_layers:
+        _check_rounds(config)
     if config.routed_layers:
-        sharing.check(len(config.routed_layers))
+        config.sharing_plan.check(len(config.routed_layers))
 
 
 def _check_ranges(config: CrosswaysConfig) -> None:
@@ -123,6 +126,19 @@ def _check_layers(layers: list[int], config: CrosswaysConfig) -> None:
         )
     if config.moe_every != 1:
         raise UserError(f"moe_layers = {layers} and moe_every = {config.moe_every} contradict: leave one out")
+
+
+def _check_rounds(config: CrosswaysConfig) -> None:
+    """Layers that are gone through again must be whole rounds, and a routed layer is routed in all of them."""
+    distinct, layers = config.distinct_layers, config.num_hidden_layers
+    if layers % distinct:
+        raise UserError(f"num_hidden_layers = {layers} is no multiple of distinct_layers = {distinct}")
+    routed = set(config.routed_layers)
+    if any((layer in routed) != (layer % distinct in routed) for layer in range(layers)):
+        raise UserError(
+            f"layer i + {distinct} is layer i (distinct_layers = {distinct}), so both or neither are routed; "
+            f"moe_every or moe_layers route {sorted(routed)}"
+        )
 
 
 def _check_losses(config: CrosswaysConfig, select: Selection) -> None:

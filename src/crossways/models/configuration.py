@@ -14,7 +14,7 @@ from crossways.errors import UserError
 from crossways.gates import build_gate
 from crossways.models.checks import check_configuration
 from crossways.rules.select import build_selection
-from crossways.sharing import Sharing, build_sharing
+from crossways.sharing import Repeated, Sharing, build_sharing
 
 POINTER_MODULE = "modeling_crossways"
 POINTER_SOURCE = '''"""Leads transformers' Auto classes to the installed `crossways` package."""
@@ -70,6 +70,9 @@ class CrosswaysConfig(LlamaConfig):
     moe_layers: list[int] | None = None
     """Which layers are routed, from 0 and ascending (`[0, 2, 3]`), in place of `moe_every`, which stays at 1; any
     pattern. None leaves it to `moe_every`."""
+    distinct_layers: int = 0
+    """Layers with parameters of their own, which the model goes through again and again until it has gone through
+    `num_hidden_layers`: layer i + n is layer i (MoEUT). Divides that number, 1 to 4 customary; 0 is all."""
     layer: str = "moe"
     """Kind of routed layer: `moe`, or `cartesian` for routed sub-layers in sequence."""
     num_factors: int = 2
@@ -253,8 +256,20 @@ class CrosswaysConfig(LlamaConfig):
     @property
     def gate_plan(self) -> list[tuple[int, ...]]:
         """Gate index of every router, a tuple per routed layer."""
+        return self.sharing_plan.plan(len(self.routed_layers), self.factors)
+
+    @property
+    def rounds(self) -> int:
+        """How often the model goes through its layers."""
+        return self.num_hidden_layers // self.distinct_layers if self.distinct_layers else 1
+
+    @property
+    def sharing_plan(self) -> Sharing:
+        """Which routed layers share a gate, in every round."""
         sharing: Sharing = build_sharing(self.sharing)
-        return sharing.plan(len(self.routed_layers), self.factors)
+        if self.rounds == 1 or not self.routed_layers:
+            return sharing
+        return Repeated(sharing, len(self.routed_layers) // self.rounds)
 
     @property
     def scheduled(self) -> bool:

@@ -25,7 +25,6 @@ from crossways.models.configuration import CrosswaysConfig
 from crossways.models.modeling import CrosswaysForCausalLM
 from crossways.rules.score import Score, Softmax, Unified, build_score
 from crossways.rules.select import TopK, build_selection
-from crossways.sharing import build_sharing
 
 Weights = dict[str, Tensor]
 
@@ -211,7 +210,9 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, f"its gate is {gate.name!r}, not 'linear'")
     if gate.bias:
         raise _refused(family, "its gates have biases")
-    if any(map(build_sharing(config.sharing).reuses_decision, range(len(config.routed_layers)))):
+    if config.rounds > 1:
+        raise _refused(family, f"it goes through its {config.distinct_layers} layers {config.rounds} times")
+    if any(map(config.sharing_plan.reuses_decision, range(len(config.routed_layers)))):
         raise _refused(family, "layers repeat the decision of the layer before")
     if config.zero_computation_experts:
         raise _refused(family, f"it has {config.zero_computation_experts} zero-computation experts")

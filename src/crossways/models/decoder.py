@@ -111,10 +111,11 @@ class CrosswaysDecoderLayer(GradientCheckpointingLayer):
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         contexts: Sequence[Context] = (),
+        routers: Sequence[Router] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """As `LlamaDecoderLayer.forward`, plus what each of the layer's routers may look at beside its input. Returns
-        the hidden states (B, S, D) and the routings."""
+        """As `LlamaDecoderLayer.forward`, plus what each of the layer's routers may look at beside its input, and the
+        routers that decide instead of its own. Returns the hidden states (B, S, D) and the routings."""
         attended_BSD, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
@@ -128,5 +129,5 @@ class CrosswaysDecoderLayer(GradientCheckpointingLayer):
         x_BSD = self.post_attention_layernorm(residual_BSD)
         if not self.is_routed:
             return residual_BSD + self.mlp(x_BSD), ()
-        y_BSD, routings = self.mlp(x_BSD, residual_BSD, contexts)
+        y_BSD, routings = self.mlp(x_BSD, residual_BSD, contexts, routers=routers)
         return residual_BSD + y_BSD, routings

@@ -47,6 +47,11 @@ def dense_fields(model: PreTrainedModel) -> dict[str, Any]:
         raise UserError(f"cannot upcycle a {family!r} model: {reason}")
     if family == "crossways" and config.routed_layers:
         raise UserError("this model is routed already; upcycling starts from a dense one (moe_every = 0)")
+    if family == "crossways" and config.rounds > 1:
+        raise UserError(
+            f"this model goes through its {config.distinct_layers} layers {config.rounds} times; upcycling starts "
+            "from layers that are all distinct"
+        )
     if config.hidden_act not in HIDDEN_ACTS.values():
         raise UserError(
             f"experts have no activation like hidden_act {config.hidden_act!r}; known: {sorted(HIDDEN_ACTS.values())}"

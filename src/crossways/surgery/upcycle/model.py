@@ -98,6 +98,8 @@ def upcycled_config(dense: PreTrainedModel, routing: Mapping[str, Any], settings
         raise UserError(
             f"experts made of a dense network read the model's width: moe_latent_size = {latent} is not 0"
         )
+    if distinct := fields.get("distinct_layers"):
+        raise UserError(f"a dense model's layers are all distinct: distinct_layers = {distinct} is not 0")
     config = CrosswaysConfig(**{**fields, "moe_intermediate_size": routed // shards})
     if not config.routed_layers:
         raise UserError("no layer would be routed: moe_every is 0")
