@@ -179,6 +179,16 @@ def test_layers_that_are_gone_through_again_count_once_and_take_other_experts():
     assert often.active == often.total
 
 
+def test_routed_attention_by_hand():
+    fields = {"num_experts": 8, "select": {"name": "top_k", "k": 2}}
+    plain, routed = (count_parameters(tiny(**fields, **more)) for more in ({}, {"attention_experts": 4}))
+    # Four layers; heads of width 8: one with values, two with outputs. Four matrices for one, two of them taken.
+    value, output, gates = 16 * 8, 2 * 8 * 16, (1 + 2) * 4 * 16
+    assert routed.total - plain.total == 4 * (3 * (value + output) + gates)
+    assert routed.active - plain.active == 4 * (1 * (value + output) + gates)
+    assert routed.router - plain.router == 4 * gates
+
+
 def test_shared_gates_count_once():
     own, shared = count_parameters(tiny()), count_parameters(tiny(sharing={"name": "block", "size": 4}))
     assert own.router == 4 * 8 * 16

@@ -140,6 +140,7 @@ INEXPRESSIBLE = [
     ({"gate": {"name": "linear", "bias": True}}, "its gates have biases"),
     ({"sharing": {"name": "decision", "size": 2}}, "repeat the decision of the layer before"),
     ({"expert_activation": "relu", "renormalize": True}, "is not gated"),
+    ({"attention_experts": 3, "renormalize": True}, "choose among 3 experts"),
     ({"distinct_layers": 1, "renormalize": True}, "goes through its 1 layers 2 times"),
     ({"moe_latent_size": 8, "renormalize": True}, "a smaller space of width 8"),
     ({"weights_on": "input", "renormalize": True}, "weights multiply each expert's input"),

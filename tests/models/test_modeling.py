@@ -118,6 +118,17 @@ METHODS = {
     "sinkhorn_top1": {"score": "sigmoid", "select": {"name": "sinkhorn", "group": "batch"}},
     "shazeer_importance": {"renormalize": True, "importance_coef": 0.1},
     "any_layers": {"num_hidden_layers": 5, "moe_layers": [0, 1, 4], "sharing": {"name": "block", "size": [1, 2]}},
+    "switch_head": {"attention_experts": 3},
+    "switch_all": {
+        "attention_experts": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "qk_norm": True,
+        "num_hidden_layers": 4,
+        "distinct_layers": 2,
+        "score": "sigmoid",
+        "tie_word_embeddings": True,
+    },
     "rounds": {
         "num_hidden_layers": 4,
         "distinct_layers": 2,

@@ -33,6 +33,7 @@ VARIANTS = {
     "three factors": {"layer": "cartesian", "num_factors": 3},
     "interleaved": {"moe_every": 2},
     "any layers": {"moe_layers": [0, 1]},
+    "routed attention": {"attention_experts": 3},
     "rounds": {"distinct_layers": 2, "num_experts": 32},
     "smaller space": {"moe_latent_size": 32, "num_experts": 20},
     "biased experts": {"expert_bias": True, "weights_on": "input"},

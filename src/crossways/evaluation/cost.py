@@ -22,8 +22,9 @@ from crossways.errors import UserError
 from crossways.experts.module import Experts
 from crossways.gates import Gate
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+from crossways.models.routed_attention import HeadExperts
 from crossways.rules.registry import describe
-from crossways.rules.select import Threshold, build_selection
+from crossways.rules.select import Selection, Threshold, build_selection
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,12 @@ def mean_budget(config: CrosswaysConfig) -> float:
         UserError: for a selection whose budget depends on the text: a threshold with a fixed value, top-p, and
             `positive` unless `sparsity_budget` says what it is trained to spend.
     """
-    selection = build_selection(config.select or "top_k")
+    return _budget_of(build_selection(config.select or "top_k"), config.sparsity_budget)
+
+
+def _budget_of(selection: Selection, otherwise: float = 0.0) -> float:
     fixed = isinstance(selection, Threshold) and selection.value is not None
-    budget = getattr(selection, "k_end", None) or getattr(selection, "k", None) or config.sparsity_budget
+    budget = getattr(selection, "k_end", None) or getattr(selection, "k", None) or otherwise
     if fixed or not budget:
         raise UserError(
             f"the budget of {describe(selection)} depends on the text, so its active parameters and FLOPs cannot be "
@@ -81,13 +85,18 @@ def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
     experts = sum(_size(module) for module in model.modules() if isinstance(module, Experts))
     used = mean_budget(config) / config.router_size if experts else 0.0
     used = min(used * config.rounds, 1.0)  # another round takes other experts of a layer, as long as there are any
-    active = total - experts + round(experts * used)
+    of_heads, gates = 0, _size(model.model.gates)
+    for module in model.modules():
+        if isinstance(module, HeadExperts):
+            of_heads += round(module.weight.numel() * max(1.0 - _share_of_head(module) * config.rounds, 0.0))
+            gates += _size(module.gate)
+    active = total - experts + round(experts * used) - of_heads
     embedding = len({id(p): p for p in (model.model.embed_tokens.weight, model.lm_head.weight)})
     embedding *= config.vocab_size * config.hidden_size
     return ParameterCounts(
         total=total,
         active=active,
-        router=_size(model.model.gates),
+        router=gates,
         total_non_embedding=total - embedding,
         active_non_embedding=active - embedding,
     )
@@ -103,6 +112,8 @@ def forward_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> fl
         times = config.rounds if module in layers else 1
         if isinstance(module, nn.Linear) and module not in gates:
             weights += _size(module) * times
+        elif isinstance(module, HeadExperts):
+            weights += (module.weight.numel() * _share_of_head(module) + module.gate.weights_per_token()) * times
         elif isinstance(module, Experts):
             matrices = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 3)
             weights += matrices * experts_used * times
@@ -123,6 +134,11 @@ def training_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> f
         sequence_length: S, tokens in a training window.
     """
     return 3.0 * forward_flops_per_token(config, sequence_length)
+
+
+def _share_of_head(module: HeadExperts) -> float:
+    """What a head uses of its experts."""
+    return _budget_of(module.select) / module.num_experts
 
 
 def _size(module: nn.Module) -> int:

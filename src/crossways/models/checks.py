@@ -10,7 +10,7 @@ from crossways.errors import UserError
 from crossways.experts.activation import Activation
 from crossways.gates import build_gate
 from crossways.rules.score import build_score
-from crossways.rules.select import Capacity, GroupLimited, ScheduledTopK, Selection, TopK, build_selection
+from crossways.rules.select import Capacity, GroupLimited, ScheduledTopK, Selection, Threshold, TopK, build_selection
 from crossways.sharing import build_sharing
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ CHOICES = {
 """Fields that name one of several."""
 LEAST = {
     "distinct_layers": 0,
+    "attention_experts": 0,
     "num_factors": 1,
     "num_experts": 1,
     "moe_intermediate_size": 1,
@@ -86,6 +87,7 @@ def check_configuration(config: CrosswaysConfig) -> None:
             f"and constant_experts are {config.zero_computation_experts} together"
         )
     _check_losses(config, select)
+    _check_attention(config)
     build_sharing(config.sharing)
     if config.distinct_layers:
         _check_rounds(config)
@@ -139,6 +141,20 @@ def _check_rounds(config: CrosswaysConfig) -> None:
             f"layer i + {distinct} is layer i (distinct_layers = {distinct}), so both or neither are routed; "
             f"moe_every or moe_layers route {sorted(routed)}"
         )
+
+
+def _check_attention(config: CrosswaysConfig) -> None:
+    """Heads choose by the token alone, so that cached values stay what they were."""
+    score, select = build_score(config.attention_score), build_selection(config.attention_select or "top_k")
+    if not config.attention_experts:
+        return
+    select.check(config.attention_experts)
+    estimated = isinstance(select, Threshold) and select.value is None
+    for field, rule in (("attention_score", score), ("attention_select", select)):
+        if not (rule.causal and rule.batch_invariant) or (rule is select and (select.scheduled or estimated)):
+            raise UserError(f"{field} must decide for each token by itself, always alike; {rule} does not")
+    if config.attention_bias:
+        raise UserError(f"attention_experts = {config.attention_experts} have no biases: turn attention_bias off")
 
 
 def _check_losses(config: CrosswaysConfig, select: Selection) -> None:

@@ -65,6 +65,13 @@ class CrosswaysConfig(LlamaConfig):
 
     qk_norm: bool = False
     """Normalise each head's queries and keys (RMSNorm before the rotary embedding), as Qwen3 does."""
+    attention_experts: int = 0
+    """Experts of each head for its values and for its outputs (SwitchHead); 0 is plain attention, 2 to 8 with fewer
+    heads there. Needs `attention_bias` off."""
+    attention_score: str | dict[str, Any] = "sigmoid"
+    """Score rule of heads that choose experts; of the token alone, `sigmoid` in the paper."""
+    attention_select: str | dict[str, Any] | None = None
+    """Selection rule of heads that choose experts; of the token alone, by default token choice with k = 2."""
     moe_every: int = 1
     """Every n-th layer is routed, the n-th first (n = 2: the second, fourth, ...); 1 is all, 0 none (dense)."""
     moe_layers: list[int] | None = None
@@ -203,7 +210,9 @@ class CrosswaysConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.select is None:
             self.select = {"name": "top_k", "k": 2}
-        for field in ("gate", "score", "select", "sharing"):
+        if self.attention_select is None:
+            self.attention_select = {"name": "top_k", "k": 2}
+        for field in ("gate", "score", "select", "sharing", "attention_score", "attention_select"):
             if isinstance(spec := getattr(self, field), str):
                 setattr(self, field, {"name": spec})
         super().__post_init__(**kwargs)

@@ -210,6 +210,8 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, f"its gate is {gate.name!r}, not 'linear'")
     if gate.bias:
         raise _refused(family, "its gates have biases")
+    if config.attention_experts:
+        raise _refused(family, f"its heads choose among {config.attention_experts} experts")
     if config.rounds > 1:
         raise _refused(family, f"it goes through its {config.distinct_layers} layers {config.rounds} times")
     if any(map(config.sharing_plan.reuses_decision, range(len(config.routed_layers)))):

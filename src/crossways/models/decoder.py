@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
@@ -18,6 +18,7 @@ from crossways.experts.module import Experts
 from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.layers import CartesianMoE, Latent, MoE, SharedExpert
 from crossways.models.configuration import CrosswaysConfig
+from crossways.models.routed_attention import RoutedAttention, RoutedNormedAttention
 from crossways.router import Router, Sparsity
 from crossways.routing import Context, Routing
 from crossways.rules.score import build_score
@@ -84,14 +85,19 @@ def build_routed_layer(config: CrosswaysConfig) -> MoE | CartesianMoE:
     return CartesianMoE(factors, norms, config.cartesian_skip, config.router_input)  # type: ignore[arg-type]
 
 
+def build_attention(config: CrosswaysConfig, layer_idx: int) -> nn.Module:
+    """The attention of the configured kind. Qwen3's is Llama's with two norms."""
+    plain, routed = (Qwen3Attention, RoutedNormedAttention) if config.qk_norm else (LlamaAttention, RoutedAttention)
+    attention: Any = routed if config.attention_experts else plain
+    return attention(config, layer_idx)
+
+
 class CrosswaysDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and feed-forward, as in LLaMA; also returns what its routers decided."""
 
     def __init__(self, config: CrosswaysConfig, layer_idx: int) -> None:
         super().__init__()
-        # Qwen3's attention is Llama's with two norms.
-        attention: Any = Qwen3Attention if config.qk_norm else LlamaAttention
-        self.self_attn = attention(config, layer_idx)
+        self.self_attn = build_attention(config, layer_idx)
         self.is_routed = layer_idx in config.routed_layers
         self.mlp = build_routed_layer(config) if self.is_routed else LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

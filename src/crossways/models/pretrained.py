@@ -18,6 +18,7 @@ from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.gates import Gate
 from crossways.models.configuration import CrosswaysConfig
 from crossways.models.decoder import CrosswaysDecoderLayer
+from crossways.models.routed_attention import HeadExperts
 from crossways.router import Router
 
 
@@ -41,6 +42,8 @@ class CrosswaysPreTrainedModel(LlamaPreTrainedModel):
             for name, parameter in module.named_parameters(recurse=False):
                 std = 0.0 if name.endswith("_bias") else self.config.initializer_range
                 init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, HeadExperts):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Gate):
             module.reset_parameters(self.config.router_initializer_range or self.config.initializer_range)
         elif isinstance(count := getattr(module, "training_passes", None), torch.Tensor):

@@ -87,6 +87,7 @@ WRONG = {
     "own_field": ({"moe_intermediate_size": 12}, {}, "moe_intermediate_size follows"),
     "no_layer": ({"moe_every": 0}, {}, "no layer would be routed"),
     "smaller_space": ({"moe_latent_size": 4}, {}, "moe_latent_size = 4 is not 0"),
+    "heads": ({"attention_experts": 3}, {}, "attention_experts = 3 is not 0"),
     "rounds": ({"distinct_layers": 1}, {}, "distinct_layers = 1 is not 0"),
     "contradiction": ({"moe_layers": [1], "moe_every": 2}, {}, "contradict"),
     "groups_without_rows": (

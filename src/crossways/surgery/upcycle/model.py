@@ -98,6 +98,8 @@ def upcycled_config(dense: PreTrainedModel, routing: Mapping[str, Any], settings
         raise UserError(
             f"experts made of a dense network read the model's width: moe_latent_size = {latent} is not 0"
         )
+    if heads := fields.get("attention_experts"):
+        raise UserError(f"a dense model's attention stays as it is: attention_experts = {heads} is not 0")
     if distinct := fields.get("distinct_layers"):
         raise UserError(f"a dense model's layers are all distinct: distinct_layers = {distinct} is not 0")
     config = CrosswaysConfig(**{**fields, "moe_intermediate_size": routed // shards})
