@@ -187,6 +187,10 @@ def test_routed_attention_by_hand():
     assert routed.total - plain.total == 4 * (3 * (value + output) + gates)
     assert routed.active - plain.active == 4 * (1 * (value + output) + gates)
     assert routed.router - plain.router == 4 * gates
+    once, twice = (count_parameters(tiny(**fields, attention_experts=4, distinct_layers=n)) for n in (4, 2))
+    assert once == routed
+    all_of_them = count_parameters(tiny(**fields, distinct_layers=2)).active + 2 * (3 * (value + output) + gates)
+    assert twice.active == all_of_them  # two rounds of two experts of four
 
 
 def test_shared_gates_count_once():

@@ -120,6 +120,7 @@ METHODS = {
     "any_layers": {"num_hidden_layers": 5, "moe_layers": [0, 1, 4], "sharing": {"name": "block", "size": [1, 2]}},
     "switch_head": {"attention_experts": 3},
     "switch_all": {
+        "attention_projections": ["query", "key", "value", "output"],
         "attention_experts": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from crossways.assignment import Assignment
@@ -45,27 +47,38 @@ def chosen(gate, x_BSD, heads, config):
     return scores.where(kept, 0.0)
 
 
+def project(config, projection, x_BSD, heads):
+    """(B, S, H, O): each head's sum over its chosen experts, or a plain projection."""
+    if isinstance(projection, torch.nn.Linear):
+        return projection(x_BSD).unflatten(-1, (heads, -1))
+    s, experts = chosen(projection.gate, x_BSD, heads, config), config.attention_experts
+    rows = [
+        sum(s[:, :, h, e, None] * (x_BSD @ projection.weight[h * experts + e].T) for e in range(experts))
+        for h in range(heads)
+    ]
+    return torch.stack(rows, 2)
+
+
 def by_equation(config, attention, x_BSD, rotations):
     """V^h = sum s x W_V; A = softmax(Q K / sqrt d); y = sum over h of sum t (A V) W_O."""
     heads, kv_heads, experts = config.num_attention_heads, config.num_key_value_heads, config.attention_experts
-    q, k = (
-        projection(x_BSD).unflatten(-1, (-1, config.head_dim)) for projection in (attention.q_proj, attention.k_proj)
-    )
+    q = project(config, attention.q_proj, x_BSD, heads)
+    k, values = (project(config, each, x_BSD, kv_heads) for each in (attention.k_proj, attention.v_proj))
     if config.qk_norm:
         q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotations)
-    s = chosen(attention.v_proj.gate, x_BSD, kv_heads, config)
-    t = chosen(attention.outputs.gate, x_BSD, heads, config)
-    y_BSD = torch.zeros_like(x_BSD)
-    length = x_BSD.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    later = torch.ones(x_BSD.shape[1], x_BSD.shape[1], dtype=torch.bool).triu(1)
+    out = []
     for head in range(heads):
         kv = head // (heads // kv_heads)
-        v = sum(s[:, :, kv, e, None] * (x_BSD @ attention.v_proj.weight[kv * experts + e].T) for e in range(experts))
         weights = (q[:, head] @ k[:, kv].mT / config.head_dim**0.5).masked_fill(later, -torch.inf).softmax(-1)
-        out = weights @ v
+        out.append(weights @ values[:, :, kv])
+    if attention.outputs is None:
+        return attention.o_proj(torch.cat(out, -1))
+    t, y_BSD = chosen(attention.outputs.gate, x_BSD, heads, config), torch.zeros_like(x_BSD)
+    for head in range(heads):
         for e in range(experts):
-            y_BSD = y_BSD + t[:, :, head, e, None] * (out @ attention.outputs.weight[head * experts + e].T)
+            y_BSD = y_BSD + t[:, :, head, e, None] * (out[head] @ attention.outputs.weight[head * experts + e].T)
     return y_BSD
 
 
@@ -142,6 +155,19 @@ def test_padding_changes_nothing_and_a_head_may_leave_experts_alone(tiny_model):
     assert (load_E == 0).any()
 
 
+def test_weights_start_as_the_models_others_do_on_meta_too(tiny_model, tmp_path):
+    model = tiny_model(attention_experts=8, router_initializer_range=0.1)
+    attention = model.model.layers[0].self_attn
+    assert attention.outputs.weight.std().item() == pytest.approx(0.3, rel=0.05)
+    assert attention.outputs.gate.weight.std().item() == pytest.approx(0.1, rel=0.1)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.self_attn.v_proj.weight"]  # transformers builds on meta, and draws what is missing
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[1].self_attn.v_proj.weight.std().item() == pytest.approx(0.3, rel=0.05)
+
+
 def test_attention_weights_are_recorded(tiny_model, tokens):
     model = tiny_model(attention_experts=2, attn_implementation="eager")
     attentions = model(tokens[0], output_attentions=True).attentions
@@ -159,6 +185,9 @@ def test_linear_experts_with_nobody_and_nothing():
 
 REFUSED = [
     ({"attention_experts": -1}, "attention_experts must be at least 0"),
+    ({"attention_experts": 2, "attention_projections": []}, r"each once, got \[\]"),
+    ({"attention_experts": 2, "attention_projections": ["value", "value"]}, "each once, got"),
+    ({"attention_experts": 2, "attention_projections": ["values"]}, r"must be some of .* got \['values'\]"),
     ({"attention_experts": 1}, "k = 2 with 1 experts"),
     ({"attention_experts": 2, "attention_bias": True}, "attention_experts = 2 have no biases"),
     (

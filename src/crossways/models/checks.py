@@ -153,6 +153,9 @@ def _check_attention(config: CrosswaysConfig) -> None:
     for field, rule in (("attention_score", score), ("attention_select", select)):
         if not (rule.causal and rule.batch_invariant) or (rule is select and (select.scheduled or estimated)):
             raise UserError(f"{field} must decide for each token by itself, always alike; {rule} does not")
+    known, routed = ("query", "key", "value", "output"), config.attention_projections or []
+    if not routed or not set(routed) <= set(known) or len(set(routed)) < len(routed):
+        raise UserError(f"attention_projections must be some of {known}, each once, got {routed}")
     if config.attention_bias:
         raise UserError(f"attention_experts = {config.attention_experts} have no biases: turn attention_bias off")
 

@@ -66,8 +66,11 @@ class CrosswaysConfig(LlamaConfig):
     qk_norm: bool = False
     """Normalise each head's queries and keys (RMSNorm before the rotary embedding), as Qwen3 does."""
     attention_experts: int = 0
-    """Experts of each head for its values and for its outputs (SwitchHead); 0 is plain attention, 2 to 8 with fewer
+    """Experts of each head for each of its routed projections (SwitchHead); 0 is plain attention, 2 to 8 with fewer
     heads there. Needs `attention_bias` off."""
+    attention_projections: list[str] | None = None
+    """What heads have experts for: some of `query`, `key`, `value` and `output`; by default the last two, as in the
+    paper."""
     attention_score: str | dict[str, Any] = "sigmoid"
     """Score rule of heads that choose experts; of the token alone, `sigmoid` in the paper."""
     attention_select: str | dict[str, Any] | None = None
@@ -212,6 +215,8 @@ class CrosswaysConfig(LlamaConfig):
             self.select = {"name": "top_k", "k": 2}
         if self.attention_select is None:
             self.attention_select = {"name": "top_k", "k": 2}
+        if self.attention_projections is None:
+            self.attention_projections = ["value", "output"]
         for field in ("gate", "score", "select", "sharing", "attention_score", "attention_select"):
             if isinstance(spec := getattr(self, field), str):
                 setattr(self, field, {"name": spec})

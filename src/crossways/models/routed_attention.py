@@ -1,8 +1,8 @@
 """Attention whose value and output projections are routed (SwitchHead, Csordás et al. 2024, arXiv 2312.07987).
 
-Each head has E matrices for values and E for outputs; queries and keys are as ever, so a head costs one attention
-matrix however many experts it has. With sigmoid scores s = sigmoid(x W_S) of the token that is attended to, and
-t = sigmoid(x W_D) of the one that attends, both of head h:
+Each head has E matrices for values and E for outputs, but one attention matrix however many experts it has; queries
+and keys are as ever, or routed in the same way (`attention_projections`). With sigmoid scores s = sigmoid(x W_S) of
+the token that is attended to, and t = sigmoid(x W_D) of the one that attends, both of head h:
 
     V^h = sum over the k best e of s[e] x W_V^{h,e}        y = sum over h and the k best e of t[e] (A^h V^h) W_O^{h,e}
 
@@ -53,6 +53,7 @@ class HeadExperts(nn.Module):
         self.gate = LinearGate(config.hidden_size, heads * self.num_experts)
         widths = (config.head_dim, config.hidden_size) if into == "heads" else (config.hidden_size, config.head_dim)
         self.weight = nn.Parameter(torch.empty(heads * self.num_experts, *widths))
+        nn.init.normal_(self.weight, std=config.initializer_range)
 
     def choose(self, x_BSD: Tensor) -> Assignment:
         """What each head of each token takes: T H tokens, heads innermost, and H E experts, those of a head side by
@@ -87,18 +88,23 @@ class HeadExperts(nn.Module):
 
 
 class _Routed:
-    """Makes a Llama-like attention's projections of values and outputs routed; everything else stays its own."""
+    """Makes some projections of a Llama-like attention routed; everything else stays its own."""
 
     def __init__(self, config: CrosswaysConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
-        self.v_proj = HeadExperts(config, config.num_key_value_heads or config.num_attention_heads, "heads")
-        self.o_proj = nn.Identity()
-        self.outputs = HeadExperts(config, config.num_attention_heads, "model")
+        shared = config.num_key_value_heads or config.num_attention_heads
+        heads = {"query": config.num_attention_heads, "key": shared, "value": shared}
+        routed = config.attention_projections or ()
+        for name in heads.keys() & set(routed):
+            setattr(self, f"{name[0]}_proj", HeadExperts(config, heads[name], "heads"))
+        self.outputs = HeadExperts(config, config.num_attention_heads, "model") if "output" in routed else None
+        if self.outputs is not None:
+            self.o_proj = nn.Identity()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the attention that is routed."""
         attended_BSI, weights = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        return self.outputs(hidden_states, attended_BSI), weights
+        return attended_BSI if self.outputs is None else self.outputs(hidden_states, attended_BSI), weights
 
 
 class RoutedAttention(_Routed, LlamaAttention):  # type: ignore[misc]
