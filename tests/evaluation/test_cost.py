@@ -83,6 +83,14 @@ VARIANTS = {
     "moe": {},
     "interleaved": {"moe_every": 2},
     "any layers": {"moe_layers": [0, 3], "sharing": {"name": "block", "size": [1, 1]}},
+    "routed attention": {"attention_experts": 4, "attention_select": {"name": "top_k", "k": 3}},
+    "routed keys in rounds": {
+        "attention_experts": 3,
+        "attention_projections": ["key"],
+        "distinct_layers": 2,
+        "moe_every": 0,
+        "head_dim": 6,
+    },
     "rounds": {
         "distinct_layers": 2,
         "sharing": {"name": "decision", "size": 2},
