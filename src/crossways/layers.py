@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.experts.module import Experts
+from crossways.experts.negated import signed
 from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.router import Router
 from crossways.routing import Context, Routing
@@ -69,7 +70,8 @@ class MoE(nn.Module):
 
     The shared expert (DeepSeekMoE, arXiv 2401.06066, section 3.2; SMoE-Share of CartesianMoE, arXiv 2410.16077) is
     not routed and not weighted, and may have any width. Zero-computation experts (MoE++, arXiv 2410.07348) come
-    after the feed-forward experts in the router's numbering.
+    after the feed-forward experts in the router's numbering, and between them the slots that subtract the
+    feed-forward experts, if there are any (TC-MoE).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class MoE(nn.Module):
         experts: Experts,
         shared_expert: nn.Module | None = None,
         zero_computation: ZeroComputationExperts | None = None,
+        negated: bool = False,
     ) -> None:
         """
         Args:
@@ -85,10 +88,11 @@ class MoE(nn.Module):
             experts: the feed-forward experts, first in the router's numbering.
             shared_expert: (B, S, D) to (B, S, D), or None.
             zero_computation: the experts after them, or None.
+            negated: whether each feed-forward expert has a second slot, in which it is subtracted.
         """
         super().__init__()
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
-        self.zero_computation = zero_computation
+        self.zero_computation, self.negated = zero_computation, negated
 
     @property
     def routers(self) -> tuple[Router, ...]:
@@ -120,10 +124,13 @@ class MoE(nn.Module):
 
     def _routed(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         if self.zero_computation is None:
-            return self.experts(x_TD, assignment)
+            return self._computed(x_TD, assignment)
         first = assignment.num_experts - self.zero_computation.num_experts
         rest = assignment.of_experts(first, assignment.num_experts)
-        return self.experts(x_TD, assignment.of_experts(0, first)) + self.zero_computation(x_TD, rest)
+        return self._computed(x_TD, assignment.of_experts(0, first)) + self.zero_computation(x_TD, rest)
+
+    def _computed(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+        return self.experts(x_TD, signed(assignment) if self.negated else assignment)
 
 
 Skip = Literal["factor", "input"]

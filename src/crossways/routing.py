@@ -32,9 +32,9 @@ class Routing:
     """What one router decided for one batch."""
 
     logits_TE: Tensor
-    """Raw router logits, float32 (T, E)."""
+    """Raw router logits, float32 (T, E), or float64 where the router is told to."""
     scores_TE: Tensor
-    """Scores, float32 (T, E)."""
+    """Scores (T, E), in the dtype of the logits."""
     assignment: Assignment
     """The pairs that are executed."""
     choice_TE: Tensor | None = None
@@ -60,6 +60,9 @@ class Routing:
     """Whether the gate no longer learns whom to choose; a balance loss could then only spoil the weights."""
     noise: GateNoise | None = None
     """The noise in the logits, (T, E), for a gate that adds some; None otherwise."""
+    cosine_TE: Tensor | None = None
+    """In training, the cosines that the logits of a cosine gate are, before its temperature and any perturbation, (T,
+    E); None for all other gates."""
     asked: Assignment | None = None
     """In training, what would be executed if nobody were dropped, for rules that drop; None for all others."""
     earlier_load_E: Tensor | None = None
@@ -88,6 +91,8 @@ class GateOutput:
     """Whether the choice is no longer learnt."""
     noise: GateNoise | None = None
     """The noise in the logits, (B, S, E); None where there is none."""
+    cosine_BSE: Tensor | None = None
+    """The cosines that the logits are, times a factor; None where they are none, and outside training."""
 
 
 @dataclass(frozen=True)
