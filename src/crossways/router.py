@@ -115,7 +115,7 @@ class Router(Learnt):
         out = self._said(said)
         deciding_BSE = out.logits_BSE if out.choice_BSE is None else out.choice_BSE
         allowed_BSE = None if context.valid_BS is None else context.valid_BS[..., None].expand_as(deciding_BSE)
-        if self.training and self.expert_dropout:
+        if self.training and self.expert_dropout and context.decided is None:
             kept_BSE = torch.rand_like(deciding_BSE) >= self.expert_dropout
             allowed_BSE = kept_BSE if allowed_BSE is None else allowed_BSE & kept_BSE
 
@@ -163,9 +163,13 @@ class Router(Learnt):
         deciding_scores_BSE = scores_BSE if deciding_BSE is logits_BSE else score(deciding_BSE, context.valid_BS)
         choice_BSE = self._choice(deciding_BSE, deciding_scores_BSE, context)
         seen_C = self._cutoff_of(deciding_BSE, choice_BSE, allowed_BSE, context, seen_E)
-        rule = self._selected_by(context, seen_C)
-        assignment = rule(choice_BSE, scores_BSE, allowed_BSE)
-        asking = rule.asking() if self.training else None
+        rule = self._selected_by(context, seen_C) if self.training or context.decided is None else None
+        if context.decided is not None:
+            assignment = context.decided.among(scores_BSE, allowed_BSE)
+        else:
+            assert rule is not None
+            assignment = rule(choice_BSE, scores_BSE, allowed_BSE)
+        asking = rule.asking() if rule is not None and self.training else None
         return Routing(
             logits_TE=logits_BSE.flatten(0, 1),
             scores_TE=scores_BSE.flatten(0, 1),
@@ -179,6 +183,11 @@ class Router(Learnt):
             sparsity_coef=self.sparsity_coef.clone() if self.sparsity else None,
             num_rows=logits_BSE.shape[0],
         )
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether each token's weights do, before they are scaled."""
+        return self.renormalize in (True, "softmax")
 
     def weighted(self, assignment: Assignment, scores_TE: Tensor) -> Assignment:
         """Pairs that weigh what they score, with the weights that the router gives them."""

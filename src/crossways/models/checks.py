@@ -24,7 +24,7 @@ CHOICES = {
     "load_balance_probs": ("softmax", "scores", "cosine"),
     "load_balance_over": ("slots", "experts"),
     "load_balance_pairs": ("executed", "asked", "first"),
-    "load_balance_scope": ("batch", "step"),
+    "load_balance_scope": ("batch", "step", "global"),
 }
 """Fields that name one of several."""
 LEAST = {
@@ -137,8 +137,11 @@ def _check_losses(config: CrosswaysConfig, select: Selection) -> None:
             raise UserError(f"quantile_balancing needs selection 'top_k' of fewer than all experts, not {select}")
         if config.bias_update_rate:
             raise UserError("quantile_balancing and bias_update_rate both move the bias: choose one")
-    if config.load_balance_scope == "step" and config.load_balance_pairs != "executed":
-        raise UserError("load_balance_scope 'step' counts executed pairs: set load_balance_pairs to executed")
+    if config.load_balance_scope != "batch" and config.load_balance_pairs != "executed":
+        raise UserError(
+            f"load_balance_scope {config.load_balance_scope!r} counts executed pairs: set load_balance_pairs to "
+            "executed"
+        )
     if config.load_balance_probs == "cosine" and (gate := build_gate(config.gate).name) != "cosine":
         raise UserError(f"load_balance_probs 'cosine' needs gate 'cosine', the gate is {gate!r}: change one of them")
     if config.load_coef:

@@ -142,8 +142,9 @@ class CrosswaysConfig(LlamaConfig):
     """What that loss counts: `executed` pairs, those `asked` for before a full expert drops any (Switch), or the
     `first` choice of each token alone, also before dropping (GShard)."""
     load_balance_scope: str = "batch"
-    """Over what that loss counts executed pairs: the `batch` of one pass, or all passes of the optimizer `step` so
-    far (`global_aux_loss` of Megatron-core); the same unless gradients are accumulated."""
+    """Over what that loss counts executed pairs: the `batch` of one pass, all passes of the optimizer `step` so far,
+    the same unless gradients are accumulated, or `global`, those of all processes that train together
+    (`global_aux_loss` of Megatron-core)."""
     load_balance_over: str = "slots"
     """Between whom that loss balances: all `slots` of a router, or the `experts` that compute alone, both slots of a
     negated one counted together (TC-MoE)."""

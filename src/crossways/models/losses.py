@@ -162,7 +162,9 @@ def _probs(r: Routing, config: CrosswaysConfig) -> Tensor:
 
 def _counted(r: Routing, config: CrosswaysConfig) -> Tensor:
     """What the load-balance loss counts, float32 (E,)."""
-    if config.load_balance_scope == "step" and r.earlier_load_E is not None:
+    if r.gathered_load_E is not None:
+        return r.gathered_load_E
+    if config.load_balance_scope != "batch" and r.earlier_load_E is not None:
         return r.earlier_load_E + r.assignment.load_E()
     asked = r.asked or r.assignment
     if config.load_balance_pairs == "first":
