@@ -32,6 +32,7 @@ RULES = {
     "expert_choice": {"select": {"name": "expert_choice", "k": 2}},
     "positive": {"select": "positive", "score": "relu", "sparsity_budget": 2.0},
     "capacity": {"select": {"name": "capacity", "k": 2, "factor": 0.5}, "load_balance_pairs": "asked"},
+    "dropout": {"expert_dropout": 0.5},
     "decision": {"sharing": {"name": "decision", "size": 2}},
     "cartesian": {"layer": "cartesian", "gate": "residual"},
     "ternary": {"negated_experts": True, "zero_experts": 2, "renormalize": "with_zero"},

@@ -59,12 +59,11 @@ def balance_over(model: nn.Module, group: distributed.ProcessGroup | None = None
     give the group that is parallel in data.
 
     Args:
-        model: any module with routers.
+        model: any module with routers, or a rerouted model of transformers.
         group: processes that see different text.
         alone: count the loads of this process by themselves.
     """
-    from crossways.learnt import Learnt
+    from crossways.sites import router_sites  # which needs routers, which need this
 
-    for module in model.modules():
-        if isinstance(module, Learnt):
-            module.processes = Processes(group, alone)
+    for site in router_sites(model):
+        site.router.processes = Processes(group, alone)

@@ -89,9 +89,9 @@ def replayed(model: nn.Module, decisions: Decisions) -> Iterator[None]:
     """Have the next forward passes of a model execute recorded pairs: the first pass in the context the first that
     was recorded, and so on, each once.
 
-    Padding, and pairs that a perturbation forbids, are left out; balancing counts what is executed. Several passes may
-    wait for their backward pass, and layers that gradient checkpointing computes again repeat the pairs of their own
-    pass, also after the context has ended; with a model of transformers that is not rerouted they are refused.
+    Padding, and pairs that a perturbation forbids, are left out; balancing counts what is executed. Several passes
+    may wait for their backward pass, and layers that gradient checkpointing computes again repeat the pairs of their
+    own pass, also after the context has ended; with a model of transformers that is not rerouted they are refused.
 
     Raises:
         UserError: if the model has other routers than the recorded one, a pass other tokens, or there are more passes

@@ -259,6 +259,18 @@ def test_the_balance_loss_of_x_moe_takes_cosines_over_a_temperature_of_its_own(t
     out.aux_losses["load_balance"][0].backward()  # later layers' inputs hang on the first one's temperature
     assert model.model.gates[0].temperature.grad == 0
     assert model.model.gates[0].embeddings.grad.abs().sum() > 0
-    assert "load_balance" not in model.eval()(torch.ones(1, 3, dtype=torch.long)).aux_losses
+    ids_BS = torch.ones(1, 3, dtype=torch.long)
+    assert "load_balance" not in model.eval()(ids_BS, labels=ids_BS).aux_losses
     with pytest.raises(UserError, match="needs gate 'cosine'"):
         tiny_config(load_balance_probs="cosine")
+
+
+def test_the_balance_loss_of_stable_moe_counts_who_was_asked_for(tiny_config):
+    """The authors' code takes it before an expert that is full drops anybody."""
+    select = {"name": "capacity", "k": 1, "factor": 0.5, "group": "batch"}
+    model = CrosswaysForCausalLM(tiny_config(excess_load_coef=1.0, select=select, score="sigmoid")).train()
+    ids_BS = torch.randint(1, 37, (2, 9))
+    out = model(ids_BS, labels=ids_BS, output_routings=True)
+    assert any(routing.asked.num_pairs > routing.assignment.num_pairs for routing in out.routings)
+    for loss, routing in zip(out.aux_losses["excess_load"], out.routings, strict=True):
+        torch.testing.assert_close(loss, excess_load_loss(routing.logits_TE, routing.asked))

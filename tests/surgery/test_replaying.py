@@ -7,6 +7,7 @@ import torch
 
 from crossways import reroute
 from crossways.errors import UserError
+from crossways.processes import balance_over
 from crossways.replay import recorded, replayed
 from crossways.surgery.handle import handle_of
 
@@ -89,3 +90,10 @@ def test_a_family_whose_weights_hang_on_its_own_choice_is_refused(make, batch):
     with pytest.raises(UserError, match="cannot be replayed"), replayed(model, decisions):
         pass
     assert handle_of(model) is None
+
+
+def test_routers_of_a_rerouted_model_are_told_whose_loads_count(make):
+    model = make("olmoe")
+    handle = reroute(model, select={"name": "top_c", "k": 2})
+    balance_over(model, alone=True)
+    assert all(router.processes.alone for router in handle.routers.values())

@@ -188,3 +188,13 @@ def test_a_model_with_a_choice_of_processes_is_copied_and_pickled():
     balance_over(model, alone=True)
     for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert all(router.processes.alone for router in duplicate.model.routers)
+
+
+def test_the_chosen_group_is_the_one_that_is_asked(monkeypatch):
+    asked, group = [], object()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda given: asked.append(given) or 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda x, group: asked.append(group))
+    Processes(group).sum(torch.ones(1))
+    assert asked == [group, group]
+    assert len(Processes(group, alone=True)) == 1
