@@ -192,7 +192,8 @@ class Router(Learnt):
     def weighted(self, assignment: Assignment, scores_TE: Tensor) -> Assignment:
         """Pairs that weigh what they score, with the weights that the router gives them."""
         assignment = weighed(assignment, scores_TE, self.renormalize, self.zero_slots, self.weight_scale)
-        return replace(assignment, weight_P=assignment.weight_P.float())
+        double = assignment.weight_P.dtype == torch.float64
+        return replace(assignment, weight_P=assignment.weight_P.float()) if double else assignment
 
     def _choice(self, logits_BSE: Tensor, scores_BSE: Tensor, context: Context) -> Tensor:
         by_logits = self.select.chooses_by == "logits" or self.price_momentum is not None

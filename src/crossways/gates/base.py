@@ -28,7 +28,8 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor | GateOutput:
-        """Hidden states (B, S, D) to float32 logits (B, S, E), or to a `GateOutput`."""
+        """Hidden states (B, S, D) to float32 logits (B, S, E), or to a `GateOutput`; to float64 logits if the hidden
+        states are float64, which a router in that dtype sees to."""
         raise NotImplementedError
 
     @property
