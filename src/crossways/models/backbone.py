@@ -175,8 +175,8 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         if not routings:
             return routings
         loads = [r.assignment.load_E() + (0.0 if r.earlier_load_E is None else r.earlier_load_E) for r in routings]
-        load_RE = self.routers[0].processes.sum(torch.stack(loads).float())
-        return tuple(replace(r, gathered_load_E=load_E) for r, load_E in zip(routings, load_RE, strict=True))
+        summed = self.routers[0].processes.sum(torch.cat(loads).float()).split([len(load_E) for load_E in loads])
+        return tuple(replace(r, gathered_load_E=load_E) for r, load_E in zip(routings, summed, strict=True))
 
     def _observe(self, routings: tuple[Routing, ...]) -> None:
         """Let the routers learn what is not learnt by gradients."""
