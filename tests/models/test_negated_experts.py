@@ -213,7 +213,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_config):
 
 def test_negated_slots_share_the_weights_and_are_counted_as_executed(tiny_config):
     plain, negated = tiny_config(), tiny_config(negated_experts=True)
-    slots = negated.num_experts * negated.hidden_size * len(negated.moe_layers)
+    slots = negated.num_experts * negated.hidden_size * len(negated.router_names)
     assert count_parameters(negated).total == count_parameters(plain).total + slots  # the gates' second rows
     assert count_parameters(negated).active == count_parameters(plain).active + slots
     gate_flops = 2 * slots
