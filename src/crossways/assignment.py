@@ -171,6 +171,15 @@ class Assignment:
             sum_P = sum_P.where(self.chosen_P(), 1.0)  # 0 / 0 would reach the gradients
         return self.with_weights(self.weight_P / sum_P)
 
+    def softmaxed(self) -> Assignment:
+        """The same pairs with the softmax of each token's weights, over that token's pairs alone."""
+        weight_P = self.weight_P if not self.slack else self.weight_P.where(self.chosen_P(), -torch.inf)
+        most_T = weight_P.detach().new_full((self.num_tokens,), -torch.inf)
+        most_T = most_T.scatter_reduce(0, self.token_P, weight_P.detach(), "amax")
+        if self.slack:
+            weight_P, most_T = self.weight_P, most_T.clamp(min=torch.finfo(most_T.dtype).min)
+        return self.with_weights((weight_P - most_T[self.token_P]).exp()).renormalized()
+
     def of_experts(self, first: int, end: int) -> Assignment:
         """The pairs of experts `first` to `end - 1` alone, with these numbered from 0."""
         if _counting_waits(self.token_P):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.experts.module import Experts
+from crossways.experts.negated import signed
 from crossways.experts.weighted_inputs import on_weighted_inputs
 from crossways.experts.zero_computation import ZeroComputationExperts
 from crossways.router import Router
@@ -87,7 +88,8 @@ class MoE(nn.Module):
 
     The shared expert (DeepSeekMoE, arXiv 2401.06066, section 3.2; SMoE-Share of CartesianMoE, arXiv 2410.16077) is
     not routed and not weighted, and may have any width. Zero-computation experts (MoE++, arXiv 2410.07348) come
-    after the feed-forward experts in the router's numbering.
+    after the feed-forward experts in the router's numbering, and between them the slots that subtract the
+    feed-forward experts, if there are any (TC-MoE).
 
     With a latent space FFN_e is up(E_e(down(x))), where down and up belong to the layer: router, shared expert and
     zero-computation experts keep the full width. With weights on the `input` it is FFN_e(weight_e x) that is summed.
@@ -99,6 +101,7 @@ class MoE(nn.Module):
         experts: Experts,
         shared_expert: nn.Module | None = None,
         zero_computation: ZeroComputationExperts | None = None,
+        negated: bool = False,
         latent: Latent | None = None,
         weights_on: WeightsOn = "output",
     ) -> None:
@@ -108,12 +111,14 @@ class MoE(nn.Module):
             experts: the feed-forward experts, first in the router's numbering.
             shared_expert: (B, S, D) to (B, S, D), or None.
             zero_computation: the experts after them, or None.
+            negated: whether each feed-forward expert has a second slot, in which it is subtracted.
             latent: to and from the space of `experts`, or None where that is the layer's.
             weights_on: what routing weights multiply, each expert's `output` or its `input`.
         """
         super().__init__()
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
-        self.zero_computation, self.latent, self.weights_on = zero_computation, latent, weights_on
+        self.zero_computation, self.negated = zero_computation, negated
+        self.latent, self.weights_on = latent, weights_on
 
     @property
     def routers(self) -> tuple[Router, ...]:
@@ -155,6 +160,7 @@ class MoE(nn.Module):
         return y_TD + self._weighed(self.zero_computation, x_TD, rest)
 
     def _feed_forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+        assignment = signed(assignment) if self.negated else assignment
         if self.latent is None:
             return self._weighed(self.experts, x_TD, assignment)
         return self.latent.up_proj(self._weighed(self.experts, self.latent.down_proj(x_TD), assignment))

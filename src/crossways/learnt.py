@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossways.errors import UserError
+from crossways.processes import Processes
 from crossways.routing import Routing
 from crossways.rules.balance.quantile import balancing_price
 from crossways.rules.score import Score
@@ -53,7 +54,8 @@ class Learnt(nn.Module):
     the decode twin's threshold; `normaliser` (E,), that of its score; `bias` (E,), what balancing adds when choosing;
     and `sparsity_coef` (), the weight of the sparsity loss that ReMoE adapts.
 
-    The estimates follow every training pass, the other two every optimizer step, from all its passes.
+    The estimates follow every training pass, the other two every optimizer step, from all its passes. Where several
+    processes train one model together, all follow from what all of them saw; see `crossways.processes`.
     """
 
     cutoff: Tensor
@@ -80,6 +82,7 @@ class Learnt(nn.Module):
         self.cutoff_momentum, self.sparsity = cutoff_momentum, sparsity
         self.bias_update_rate, self.price_momentum = bias_update_rate, price_momentum
         self.passes: list[Pass] = []
+        self.processes = Processes()
         twin = select.decode_twin()
         self.has_cutoff = isinstance(twin, Threshold) and twin.value is None
         self.has_normaliser = score.normaliser(torch.zeros(1, 1, num_experts, device="cpu")) is not None
@@ -157,15 +160,15 @@ class Learnt(nn.Module):
         if not self.passes:
             return
         if self.bias_update_rate:
-            load_E = torch.stack([one.load_E for one in self.passes]).sum(0)
+            load_E = self.processes.sum(torch.stack([one.load_E for one in self.passes]).sum(0))
             self.bias += self.bias_update_rate * torch.sign(load_E.mean() - load_E)
         if self.price_momentum is not None:
             price_E = torch.stack([one.price_E for one in self.passes if one.price_E is not None]).mean(0)
-            price_E = torch.lerp(price_E, -self.bias, self.price_momentum)
+            price_E = torch.lerp(self.processes.mean(price_E), -self.bias, self.price_momentum)
             self.bias.copy_(price_E.mean() - price_E)
         if self.sparsity is not None:
             densities = [one.density for one in self.passes if one.density is not None]
-            self.sparsity_coef *= self.sparsity.change(torch.stack(densities).mean())
+            self.sparsity_coef *= self.sparsity.change(self.processes.mean(torch.stack(densities).mean()))
         self.passes.clear()
 
     def step_load(self) -> Tensor | None:
@@ -176,6 +179,6 @@ class Learnt(nn.Module):
         if seen is None:
             return
         running = getattr(self, buffer)
-        seen = seen.to(running.dtype)
+        seen = self.processes.mean(seen.to(running.dtype))
         updated = torch.where(running.isnan(), seen, torch.lerp(seen, running, self.cutoff_momentum))
         running.copy_(torch.where(seen.isnan(), running, updated))

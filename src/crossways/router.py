@@ -5,6 +5,7 @@ Legend: B batch, S sequence, T = B * S tokens, D model width, E experts, C cutof
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from crossways.learnt import Learnt, Sparsity
 from crossways.routing import Context, GateOutput, Perturbation, Routing
 from crossways.rules.score import Score
 from crossways.rules.select import Selection, Threshold
+from crossways.weighing import Renormalize, weighed
 
 __all__ = ["Router", "Sparsity"]
 
@@ -34,8 +36,10 @@ class Router(Learnt):
         score: Score,
         select: Selection,
         *,
-        renormalize: bool = False,
+        renormalize: Renormalize = False,
         weight_scale: float = 1.0,
+        zero_slots: tuple[int, int] = (0, 0),
+        logit_offsets: Sequence[tuple[int, int, float]] = (),
         cutoff_momentum: float = 0.99,
         bias_update_rate: float = 0.0,
         expert_dropout: float = 0.0,
@@ -43,6 +47,7 @@ class Router(Learnt):
         input_dropout: float = 0.0,
         price_momentum: float | None = None,
         sparsity: Sparsity | None = None,
+        dtype: torch.dtype = torch.float32,
         gate: nn.Module | None = None,
     ) -> None:
         """
@@ -50,8 +55,10 @@ class Router(Learnt):
             num_experts: E.
             score: maps logits to scores.
             select: chooses the pairs.
-            renormalize: scale each token's chosen weights to sum to one.
+            renormalize: how each token's chosen weights are scaled, see `crossways.weighing.weighed`.
             weight_scale: factor on all weights, after renormalising.
+            zero_slots: the first zero expert, and the one after the last, for `renormalize` "with_zero".
+            logit_offsets: first expert, the one after the last, and what is added to the logits of these.
             cutoff_momentum: share of the old estimates (cutoff, normaliser) kept at each training step, 0 to 1
                 (customary 0.9 to 0.999).
             bias_update_rate: step of loss-free balancing, 0 for none; 0.001 in DeepSeek-V3.
@@ -64,6 +71,7 @@ class Router(Learnt):
             price_momentum: share of the old prices kept at each step of quantile balancing, 0 to below 1; None for no
                 such balancing.
             sparsity: how to adapt the weight of the sparsity loss, None for no such loss.
+            dtype: of logits, scores and what is compared, float32 or float64; weights are float32 in both.
             gate: module from (B, S, D) and a `Context` to logits (B, S, E) or a `GateOutput`, or None to get one at
                 every call.
 
@@ -81,6 +89,7 @@ class Router(Learnt):
             sparsity=sparsity,
         )
         self.renormalize, self.weight_scale, self.expert_dropout = renormalize, weight_scale, expert_dropout
+        self.zero_slots, self.logit_offsets, self.dtype = zero_slots, tuple(logit_offsets), dtype
         self.input_jitter, self.input_dropout, self.gate = input_jitter, input_dropout, gate
         self.perturbation: Perturbation | None = None
 
@@ -100,11 +109,13 @@ class Router(Learnt):
         gate = context.gate if context.gate is not None else self.gate
         if gate is None:
             raise ValueError("this router owns no gate: pass one in the context or to the constructor")
+        if torch.float64 in (self.dtype, x_BSD.dtype):
+            x_BSD = x_BSD.to(self.dtype)
         said = gate(self._disturbed(x_BSD) if self.training else x_BSD, context)
-        out = said if isinstance(said, GateOutput) else GateOutput(said)
+        out = self._said(said)
         deciding_BSE = out.logits_BSE if out.choice_BSE is None else out.choice_BSE
         allowed_BSE = None if context.valid_BS is None else context.valid_BS[..., None].expand_as(deciding_BSE)
-        if self.training and self.expert_dropout:
+        if self.training and self.expert_dropout and context.decided is None:
             kept_BSE = torch.rand_like(deciding_BSE) >= self.expert_dropout
             allowed_BSE = kept_BSE if allowed_BSE is None else allowed_BSE & kept_BSE
 
@@ -112,16 +123,34 @@ class Router(Learnt):
             weighing_BSE = deciding_BSE if out.choice_BSE is None else out.logits_BSE
             routing = self._decide(weighing_BSE, deciding_BSE, allowed_BSE, context)
             noise = None if out.noise is None else out.noise.flatten()
-            return replace(routing, state=out.state, gate_loss=out.loss, fixed=out.fixed, noise=noise)
+            cosine_TE = None if out.cosine_BSE is None else out.cosine_BSE.flatten(0, 1)
+            routing = replace(routing, noise=noise, cosine_TE=cosine_TE)
+            return replace(routing, state=out.state, gate_loss=out.loss, fixed=out.fixed)
 
         if self.perturbation is not None:
             return self.perturbation(deciding_BSE, allowed_BSE, decide)
         return decide(deciding_BSE, allowed_BSE)
 
+    def _said(self, said: Tensor | GateOutput) -> GateOutput:
+        """What the gate said, in this router's dtype and with its offsets."""
+        out = said if isinstance(said, GateOutput) else GateOutput(said)
+        if out.logits_BSE.dtype != self.dtype:
+            out = replace(out, logits_BSE=out.logits_BSE.to(self.dtype))
+        if not self.logit_offsets:
+            return out
+        choice_BSE = None if out.choice_BSE is None else self._offset(out.choice_BSE)
+        return replace(out, logits_BSE=self._offset(out.logits_BSE), choice_BSE=choice_BSE)
+
+    def _offset(self, logits_BSE: Tensor) -> Tensor:
+        logits_BSE = logits_BSE.clone()
+        for first, end, offset in self.logit_offsets:
+            logits_BSE[..., first:end] += offset
+        return logits_BSE
+
     def _disturbed(self, x_BSD: Tensor) -> Tensor:
         """What the gate reads in training."""
         if self.input_jitter:
-            x_BSD = x_BSD.float()  # factors so near to one would be few in bfloat16
+            x_BSD = x_BSD.to(self.dtype)  # factors so near to one would be few in bfloat16
             x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
         return functional.dropout(x_BSD, self.input_dropout) if self.input_dropout else x_BSD
 
@@ -134,14 +163,18 @@ class Router(Learnt):
         deciding_scores_BSE = scores_BSE if deciding_BSE is logits_BSE else score(deciding_BSE, context.valid_BS)
         choice_BSE = self._choice(deciding_BSE, deciding_scores_BSE, context)
         seen_C = self._cutoff_of(deciding_BSE, choice_BSE, allowed_BSE, context, seen_E)
-        rule = self._selected_by(context, seen_C)
-        assignment = rule(choice_BSE, scores_BSE, allowed_BSE)
-        asking = rule.asking() if self.training else None
+        rule = self._selected_by(context, seen_C) if self.training or context.decided is None else None
+        if context.decided is not None:
+            assignment = context.decided.among(scores_BSE, allowed_BSE)
+        else:
+            assert rule is not None
+            assignment = rule(choice_BSE, scores_BSE, allowed_BSE)
+        asking = rule.asking() if rule is not None and self.training else None
         return Routing(
             logits_TE=logits_BSE.flatten(0, 1),
             scores_TE=scores_BSE.flatten(0, 1),
             choice_TE=choice_BSE.detach().flatten(0, 1),
-            assignment=self._weighted(assignment),
+            assignment=self.weighted(assignment, scores_BSE.flatten(0, 1)),
             asked=None if asking is None else asking(choice_BSE, scores_BSE, allowed_BSE),
             earlier_load_E=self.step_load(),
             valid_T=None if context.valid_BS is None else context.valid_BS.flatten(),
@@ -151,11 +184,16 @@ class Router(Learnt):
             num_rows=logits_BSE.shape[0],
         )
 
-    def _weighted(self, assignment: Assignment) -> Assignment:
-        assignment = assignment.renormalized() if self.renormalize else assignment
-        if self.weight_scale == 1.0:
-            return assignment
-        return assignment.with_weights(assignment.weight_P * self.weight_scale)
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether each token's weights do, before they are scaled."""
+        return self.renormalize in (True, "softmax")
+
+    def weighted(self, assignment: Assignment, scores_TE: Tensor) -> Assignment:
+        """Pairs that weigh what they score, with the weights that the router gives them."""
+        assignment = weighed(assignment, scores_TE, self.renormalize, self.zero_slots, self.weight_scale)
+        double = assignment.weight_P.dtype == torch.float64
+        return replace(assignment, weight_P=assignment.weight_P.float()) if double else assignment
 
     def _choice(self, logits_BSE: Tensor, scores_BSE: Tensor, context: Context) -> Tensor:
         by_logits = self.select.chooses_by == "logits" or self.price_momentum is not None

@@ -1,16 +1,18 @@
 """What a router may look at (`Context`) and what it says (`Routing`).
 
-Legend: B batch, S sequence, T = B * S tokens, E experts, C cutoffs (1 or E).
+Legend: B batch, S sequence, T = B * S tokens, E experts, P pairs, C cutoffs (1 or E).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from crossways.assignment import Assignment
+from crossways.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Routing:
     """What one router decided for one batch."""
 
     logits_TE: Tensor
-    """Raw router logits, float32 (T, E)."""
+    """Raw router logits, float32 (T, E), or float64 where the router is told to."""
     scores_TE: Tensor
-    """Scores, float32 (T, E)."""
+    """Scores (T, E), in the dtype of the logits."""
     assignment: Assignment
     """The pairs that are executed."""
     choice_TE: Tensor | None = None
@@ -60,10 +62,16 @@ class Routing:
     """Whether the gate no longer learns whom to choose; a balance loss could then only spoil the weights."""
     noise: GateNoise | None = None
     """The noise in the logits, (T, E), for a gate that adds some; None otherwise."""
+    cosine_TE: Tensor | None = None
+    """In training, the cosines that the logits of a cosine gate are, before its temperature and any perturbation, (T,
+    E); None for all other gates."""
     asked: Assignment | None = None
     """In training, what would be executed if nobody were dropped, for rules that drop; None for all others."""
     earlier_load_E: Tensor | None = None
     """Executed pairs per expert in earlier passes of the same optimizer step, float32 (E,); None in its first."""
+    gathered_load_E: Tensor | None = None
+    """Executed pairs per expert of this pass and the earlier ones of its optimizer step, of all processes together,
+    float32 (E,); None where nobody asked for it."""
 
     def density(self) -> Tensor:
         """Executed pairs over all pairs of valid tokens, scalar float32 in [0, 1]; NaN for padding alone."""
@@ -88,6 +96,41 @@ class GateOutput:
     """Whether the choice is no longer learnt."""
     noise: GateNoise | None = None
     """The noise in the logits, (B, S, E); None where there is none."""
+    cosine_BSE: Tensor | None = None
+    """The cosines that the logits are, times a factor; None where they are none, and outside training."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """Pairs that were decided elsewhere, to be executed again."""
+
+    token_P: Tensor
+    """Token of each pair, int32 (P,), row-major."""
+    expert_P: Tensor
+    """Its expert, int16 (P,)."""
+    rows: int
+    """B."""
+    length: int
+    """S."""
+
+    def among(self, scores_BSE: Tensor, allowed_BSE: Tensor | None) -> Assignment:
+        """These pairs, as far as they are allowed, weighing what they score now.
+
+        Raises:
+            UserError: for a batch of another shape.
+        """
+        if tuple(scores_BSE.shape[:2]) != (self.rows, self.length):
+            raise UserError(
+                f"decisions were recorded for a batch of shape {(self.rows, self.length)}, this one is "
+                f"{tuple(scores_BSE.shape[:2])}"
+            )
+        token_P, expert_P = (index_P.to(scores_BSE.device).long() for index_P in (self.token_P, self.expert_P))
+        scores_TE = scores_BSE.flatten(0, 1)
+        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+        mask_TE[token_P, expert_P] = True
+        if allowed_BSE is not None:
+            mask_TE &= allowed_BSE.flatten(0, 1)
+        return Assignment.from_mask(mask_TE, scores_TE, most=len(token_P))
 
 
 @dataclass(frozen=True)
@@ -119,8 +162,13 @@ class Context:
     """The normaliser of the score's decode twin to decide by; None is the running estimate. Copied likewise."""
     bias_E: Tensor | None = None
     """The load-balancing bias to decide by; None is the current one."""
+    decided: Decided | None = None
+    """What to execute, weighed anew, instead of what the selection would choose. Here and not in the router, so that
+    recomputation under gradient checkpointing executes it again."""
 
 
 Decide = Callable[[Tensor, Tensor | None], Routing]
+Replay = Callable[[Tensor | None], Sequence[Decided]]
+"""Gets the token ids (B, S) of a forward pass, if there are any, and says what each router is to execute in it."""
 Perturbation = Callable[[Tensor, Tensor | None, Decide], Routing]
 """What if: gets the logits (B, S, E), the allowed pairs (or None) and the decision, and returns another one."""

@@ -29,6 +29,16 @@ def test_xmoe_by_hand():
     torch.testing.assert_close(logits_BSE, expected)
 
 
+def test_training_hands_on_the_cosines_whatever_the_temperature():
+    for fields in ({"temperature": 0.5}, {"temperature": 0.07}, {"temperature": 0.5, "learn_temperature": False}):
+        gate = hand_made(**fields).train()
+        out = gate(X_BSD)
+        torch.testing.assert_close(out.cosine_BSE, torch.tensor([[[0.6, -0.8, 1.4 / math.sqrt(2)]]]))
+        torch.testing.assert_close(out.logits_BSE, out.cosine_BSE / fields["temperature"])
+    out.cosine_BSE.sum().backward()
+    assert gate.embeddings.grad.abs().sum() > 0
+
+
 def test_usmoe_by_hand():
     logits_BSE = hand_made(**USMOE)(X_BSD)
     torch.testing.assert_close(logits_BSE, torch.tensor([[[3.0, -4.0, 7 / math.sqrt(2)]]]))
@@ -38,7 +48,7 @@ def test_unprojected_by_hand():
     gate = CosineGate(2, 3, None, temperature=1.0, learn_temperature=False, normalize_input=False).eval()
     gate.embeddings.data = torch.tensor([[2.0, 0.0], [0.0, -5.0], [1.0, 1.0]])
     torch.testing.assert_close(gate(X_BSD), torch.tensor([[[3.0, -4.0, 7 / math.sqrt(2)]]]))
-    assert gate.train()(X_BSD).shape == (1, 1, 3)
+    assert gate.train()(X_BSD).logits_BSE.shape == (1, 1, 3)
     assert gate.embeddings[0].tolist() == [2.0, 0.0]  # no norm is put back
     assert [name for name, _ in gate.named_parameters()] == ["embeddings"]
     assert build_gate({"name": "cosine", "project": False, "dim": 5}).build(8, 4).embeddings.shape == (4, 8)
@@ -81,7 +91,7 @@ def test_norms_are_put_back_in_training_only_and_change_no_logit():
     gate = hand_made(**USMOE)
     before_BSE = gate(X_BSD)
     assert gate.embeddings[0].tolist() == [2.0, 0.0]
-    torch.testing.assert_close(gate.train()(X_BSD), before_BSE)
+    torch.testing.assert_close(gate.train()(X_BSD).logits_BSE, before_BSE)
     torch.testing.assert_close(gate.embeddings.detach().norm(dim=-1), torch.full((3,), 1.5))
     assert gate.embeddings[0].tolist() == [1.5, 0.0]
     once = gate.embeddings.detach().clone()
@@ -91,7 +101,7 @@ def test_norms_are_put_back_in_training_only_and_change_no_logit():
 
 def test_two_passes_before_one_backward():
     gate = hand_made(**USMOE).train()
-    (gate(X_BSD) + gate(2 * X_BSD)).sum().backward()
+    (gate(X_BSD).logits_BSE + gate(2 * X_BSD).logits_BSE).sum().backward()
     assert gate.embeddings.grad.isfinite().all()
 
 

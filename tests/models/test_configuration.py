@@ -88,6 +88,7 @@ def test_names_alone_become_dictionaries(tiny_config):
             "are 4 layers, the model routes 2",
         ),
         ({"moe_latent_size": -1}, "moe_latent_size must be at least 0"),
+        ({"weights_on": "input", "negated_experts": True}, "weights_on must be output, got 'input'"),
         ({"weights_on": "both"}, "weights_on must be one of"),
         ({"expert_bias": 1}, "expert_bias"),
         ({"expert_activation": "swish"}, "unknown expert activation 'swish'"),

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from crossways.errors import UserError
+from crossways.models import CrosswaysForCausalLM
 from crossways.models.losses import AUXILIARY_LOSSES, auxiliary_losses, share_of_step
 from crossways.rules.balance import (
     balance_product,
@@ -237,3 +239,38 @@ def test_the_balance_loss_may_count_a_whole_step(tiny_model, tokens):
     model.model.finish_step()
     again, loss = balance(slice(1, 3))
     torch.testing.assert_close(loss, load_balance_loss(again.logits_TE, again.assignment))
+
+
+def test_the_balance_loss_of_x_moe_takes_cosines_over_a_temperature_of_its_own(tiny_config):
+    """arXiv 2204.09179, eq. 9: whatever the gate's temperature, softmax(cosines / 0.3)."""
+    config = tiny_config(
+        gate={"name": "cosine", "temperature": 0.07},
+        load_balance_coef=1.0,
+        load_balance_probs="cosine",
+        load_balance_temperature=0.3,
+    )
+    model = CrosswaysForCausalLM(config).train()
+    out = model(torch.randint(1, 37, (2, 5)), labels=torch.ones(2, 5, dtype=torch.long), output_routings=True)
+    for loss, routing in zip(out.aux_losses["load_balance"], out.routings, strict=True):
+        torch.testing.assert_close(routing.logits_TE * 0.07, routing.cosine_TE)
+        share_E = routing.assignment.load_E() / routing.assignment.num_pairs
+        expected = 4 * (share_E * (routing.cosine_TE / 0.3).softmax(-1).mean(0)).sum()
+        torch.testing.assert_close(loss, expected)
+    out.aux_losses["load_balance"][0].backward()  # later layers' inputs hang on the first one's temperature
+    assert model.model.gates[0].temperature.grad == 0
+    assert model.model.gates[0].embeddings.grad.abs().sum() > 0
+    ids_BS = torch.ones(1, 3, dtype=torch.long)
+    assert "load_balance" not in model.eval()(ids_BS, labels=ids_BS).aux_losses
+    with pytest.raises(UserError, match="needs gate 'cosine'"):
+        tiny_config(load_balance_probs="cosine")
+
+
+def test_the_balance_loss_of_stable_moe_counts_who_was_asked_for(tiny_config):
+    """The authors' code takes it before an expert that is full drops anybody."""
+    select = {"name": "capacity", "k": 1, "factor": 0.5, "group": "batch"}
+    model = CrosswaysForCausalLM(tiny_config(excess_load_coef=1.0, select=select, score="sigmoid")).train()
+    ids_BS = torch.randint(1, 37, (2, 9))
+    out = model(ids_BS, labels=ids_BS, output_routings=True)
+    assert any(routing.asked.num_pairs > routing.assignment.num_pairs for routing in out.routings)
+    for loss, routing in zip(out.aux_losses["excess_load"], out.routings, strict=True):
+        torch.testing.assert_close(loss, excess_load_loss(routing.logits_TE, routing.asked))

@@ -74,6 +74,12 @@ def _budget_of(selection: Selection, otherwise: float = 0.0) -> float:
     return float(budget)
 
 
+def _share_used(config: CrosswaysConfig) -> float:
+    """The share of its experts' weights that a router's token uses, all slots being chosen alike. A token in both
+    slots of an expert, which executes it once, is counted twice, but not beyond all experts."""
+    return min(mean_budget(config) * (1 + config.negated_experts) / config.router_size, 1.0)
+
+
 def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
     """Exact counts, taken from the model built on the meta device.
 
@@ -83,7 +89,7 @@ def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
     model = build_on_meta(config)
     total = _size(model)
     experts = sum(_size(module) for module in model.modules() if isinstance(module, Experts))
-    used = mean_budget(config) / config.router_size if experts else 0.0
+    used = _share_used(config) if experts else 0.0
     used = min(used * config.rounds, 1.0)  # another round takes other experts of a layer, as long as there are any
     of_heads, gates = 0, _size(model.model.gates)
     for module in model.modules():
@@ -105,7 +111,7 @@ def count_parameters(config: CrosswaysConfig) -> ParameterCounts:
 def forward_flops_per_token(config: CrosswaysConfig, sequence_length: int) -> float:
     """Matrix-product operations per token of a forward pass over windows of S tokens, without the loss."""
     model = build_on_meta(config)
-    experts_used = mean_budget(config) / config.router_size if config.routed_layers else 0.0
+    experts_used = _share_used(config) if config.routed_layers else 0.0
     weights = 0.0
     gates, layers = set(model.model.gates.modules()), set(model.model.layers.modules())
     for module in model.modules():

@@ -30,8 +30,9 @@ class ZeroComputationExperts(nn.Module):
         """
         super().__init__()
         self.zero, self.copy, self.constant = zero, copy, constant
-        self.value = nn.Parameter(torch.empty(constant, hidden_size))
-        self.blend = nn.Parameter(torch.empty(constant, 2, hidden_size))
+        if constant:  # empty ones would get no gradient, which distributed training trips over
+            self.value = nn.Parameter(torch.empty(constant, hidden_size))
+            self.blend = nn.Parameter(torch.empty(constant, 2, hidden_size))
         self.reset_parameters()
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
@@ -27,7 +28,8 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor | GateOutput:
-        """Hidden states (B, S, D) to float32 logits (B, S, E), or to a `GateOutput`."""
+        """Hidden states (B, S, D) to float32 logits (B, S, E), or to a `GateOutput`; to float64 logits if the hidden
+        states are float64, which a router in that dtype sees to."""
         raise NotImplementedError
 
     @property
@@ -117,8 +119,14 @@ def required_token_ids(gate: str, context: Context | None) -> Tensor:
     return context.token_ids_BS
 
 
-def float32_product(x_BSD: Tensor, weight_ED: Tensor) -> Tensor:
+def router_float(x: Tensor) -> Tensor:
+    """`x` in the dtype that routers work in: float64 stays, anything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def router_product(x_BSD: Tensor, weight_ED: Tensor) -> Tensor:
     """x W^T in float32 whatever the dtype of the model, under autocast too: a selection is a comparison, and bfloat16
-    logits tie. (..., D) and (E, D) to (..., E)."""
+    logits tie. In float64 where the router hands its input over so. (..., D) and (E, D) to (..., E)."""
+    x_BSD = router_float(x_BSD)
     with maybe_autocast(x_BSD.device.type, enabled=False):
-        return nn.functional.linear(x_BSD.float(), weight_ED.float())
+        return nn.functional.linear(x_BSD, weight_ED.to(x_BSD.dtype))

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from crossways.gates.base import Gate, GateSpec, check_positive, check_switch, check_whole, float32_product
-from crossways.routing import Context
+from crossways.gates.base import (
+    Gate,
+    GateSpec,
+    check_positive,
+    check_switch,
+    check_whole,
+    router_float,
+    router_product,
+)
+from crossways.routing import Context, GateOutput
 
 MIN_NORM = 1e-4
 """Norms are taken to be at least this, and a learnt temperature too."""
@@ -22,7 +30,8 @@ MIN_NORM = 1e-4
 class CosineGate(Gate):
     """Logits cos(P x, e_i) / tau: project to R dimensions, compare directions with expert embeddings, divide by a
     learnt temperature (X-MoE, Chi et al. 2022, arXiv 2204.09179, section 3.1, eq. 7 and 8). The paper starts the
-    embeddings with norm 0.1 and keeps it, against assignments that jump: `embedding_norm=0.1`.
+    embeddings with norm 0.1 and keeps it, against assignments that jump: `embedding_norm=0.1`. Its balance loss (eq.
+    9) is the softmax of the cosines over a fixed temperature: `load_balance_probs: cosine`.
 
     With `normalize_input=False`, `learn_temperature=False`, `temperature=1`, `dim=8` and `embedding_norm=1.5` it is
     the gate that USMoE's authors (arXiv 2503.22996) call XMoE in their code: P x is compared as it is with unit
@@ -64,17 +73,19 @@ class CosineGate(Gate):
         if self.learn_temperature:
             nn.init.constant_(self.temperature, self.initial_temperature)
 
-    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
-        """(B, S, D) to float32 logits (B, S, E)."""
+    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor | GateOutput:
+        """(B, S, D) to float32 logits (B, S, E), in training with the cosines that they are."""
         self._restore_norms()
-        projected_BSR = x_BSD.float() if self.projection is None else float32_product(x_BSD, self.projection)
+        projected_BSR = router_float(x_BSD) if self.projection is None else router_product(x_BSD, self.projection)
         if self.normalize_input:
             projected_BSR = normalize(projected_BSR, dim=-1, eps=MIN_NORM)
-        unit_ER = normalize(self.embeddings.float(), dim=-1, eps=MIN_NORM)
-        logits_BSE = float32_product(projected_BSR, unit_ER)
-        if not self.learn_temperature:
-            return logits_BSE / self.initial_temperature
-        return logits_BSE / self.temperature.float().clamp(min=MIN_NORM)
+        unit_ER = normalize(self.embeddings.to(projected_BSR.dtype), dim=-1, eps=MIN_NORM)
+        cosine_BSE = router_product(projected_BSR, unit_ER)
+        temperature: Tensor | float = self.initial_temperature
+        if self.learn_temperature:
+            temperature = self.temperature.to(cosine_BSE.dtype).clamp(min=MIN_NORM)
+        logits_BSE = cosine_BSE / temperature
+        return GateOutput(logits_BSE, cosine_BSE=cosine_BSE) if self.training else logits_BSE
 
     @torch.no_grad()
     def _restore_norms(self) -> None:

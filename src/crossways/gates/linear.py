@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from crossways.gates.base import Gate, GateSpec, check_switch, float32_product
+from crossways.gates.base import Gate, GateSpec, check_switch, router_product
 from crossways.routing import Context
 
 
@@ -35,8 +35,8 @@ class LinearGate(Gate):
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E)."""
-        logits_BSE = float32_product(x_BSD, self.weight)
-        return logits_BSE if self.bias is None else logits_BSE + self.bias.float()
+        logits_BSE = router_product(x_BSD, self.weight)
+        return logits_BSE if self.bias is None else logits_BSE + self.bias.to(logits_BSE.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

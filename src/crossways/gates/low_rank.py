@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from crossways.gates.base import Gate, GateSpec, check_whole, float32_product
+from crossways.gates.base import Gate, GateSpec, check_whole, router_product
 from crossways.routing import Context
 
 
@@ -40,8 +40,8 @@ class LowRankGate(Gate):
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E), with the term of `context.layer`."""
         layer = 0 if context is None else context.layer
-        thin_BSR = float32_product(x_BSD, self.down_LRD[layer])
-        return float32_product(x_BSD, self.weight) + float32_product(thin_BSR, self.up_LER[layer])
+        thin_BSR = router_product(x_BSD, self.down_LRD[layer])
+        return router_product(x_BSD, self.weight) + router_product(thin_BSR, self.up_LER[layer])
 
     def weights_per_token(self) -> int:
         """The shared matrix and one layer's term."""

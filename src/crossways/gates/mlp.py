@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from crossways.gates.base import Gate, GateSpec, check_whole, float32_product
+from crossways.gates.base import Gate, GateSpec, check_whole, router_product
 from crossways.routing import Context
 
 
@@ -34,8 +34,8 @@ class MlpGate(Gate):
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E)."""
-        hidden_BSH = (float32_product(x_BSD, self.hidden_weight) + self.bias.float()).tanh()
-        return float32_product(hidden_BSH, self.weight)
+        hidden_BSH = router_product(x_BSD, self.hidden_weight)
+        return router_product((hidden_BSH + self.bias.to(hidden_BSH.dtype)).tanh(), self.weight)
 
 
 @dataclass(frozen=True)

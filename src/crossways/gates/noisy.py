@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from crossways.gates.base import Gate, GateSpec, check_switch, float32_product
+from crossways.gates.base import Gate, GateSpec, check_switch, router_product
 from crossways.routing import Context, GateNoise, GateOutput
 
 
@@ -40,10 +40,10 @@ class NoisyGate(Gate):
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor | GateOutput:
         """(B, S, D) to float32 logits (B, S, E), in training with their noise."""
-        clean_BSE = float32_product(x_BSD, self.weight)
+        clean_BSE = router_product(x_BSD, self.weight)
         if not self.training:
             return clean_BSE
-        spread_BSE = softplus(float32_product(x_BSD, self.noise_weight))
+        spread_BSE = softplus(router_product(x_BSD, self.noise_weight))
         noisy_BSE = clean_BSE + torch.randn_like(clean_BSE) * spread_BSE
         return GateOutput(noisy_BSE, noise=GateNoise(clean_BSE, spread_BSE))
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from crossways.gates.base import Gate, GateSpec, check_positive, float32_product
+from crossways.gates.base import Gate, GateSpec, check_positive, router_product
 from crossways.routing import Context
 
 
@@ -38,7 +38,7 @@ class RandomGate(Gate):
 
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E)."""
-        return float32_product(x_BSD, self.weight)
+        return router_product(x_BSD, self.weight)
 
     def weights_per_token(self) -> int:
         """The fixed matrix costs what a learnt one does."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from crossways.gates.base import Gate, GateSpec, check_switch, check_whole, float32_product
+from crossways.gates.base import Gate, GateSpec, check_switch, check_whole, router_product
 from crossways.routing import Context, GateOutput
 
 
@@ -59,9 +59,9 @@ class RecurrentGate(Gate):
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> GateOutput:
         """(B, S, D) to float32 logits (B, S, E) and state (B, S, H), from the state in `context.previous`."""
         context = context or Context()
-        input_BSH = float32_product(x_BSD, self._of_layer(self.projection_LHD, context.layer))
+        input_BSH = router_product(x_BSD, self._of_layer(self.projection_LHD, context.layer))
         state_BSH = self._gru(input_BSH, self._state_before(input_BSH, context))
-        return GateOutput(float32_product(state_BSH, self._of_layer(self.head_LEH, context.layer)), state=state_BSH)
+        return GateOutput(router_product(state_BSH, self._of_layer(self.head_LEH, context.layer)), state=state_BSH)
 
     @staticmethod
     def _of_layer(weights: Tensor, layer: int) -> Tensor:
@@ -79,7 +79,7 @@ class RecurrentGate(Gate):
         weights = (self.input_weight, self.state_weight, self.input_bias, self.state_bias)
         with maybe_autocast(input_BSH.device.type, enabled=False):
             new_NH = torch.gru_cell(
-                input_BSH.flatten(0, 1), state_BSH.flatten(0, 1), *(weight.float() for weight in weights)
+                input_BSH.flatten(0, 1), state_BSH.flatten(0, 1), *(w.to(input_BSH.dtype) for w in weights)
             )
         return new_NH.view_as(input_BSH)
 

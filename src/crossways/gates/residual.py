@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from crossways.gates.base import Gate, GateSpec, float32_product
+from crossways.gates.base import Gate, GateSpec, router_product
 from crossways.routing import Context
 
 
@@ -37,9 +37,9 @@ class ResidualGate(Gate):
     def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         """(B, S, D) to float32 logits (B, S, E)."""
         previous = None if context is None else context.previous
-        logits_BSE = float32_product(x_BSD, self.weight)
+        logits_BSE = router_product(x_BSD, self.weight)
         before_BSE = torch.zeros_like(logits_BSE) if previous is None else previous.logits_TE.view_as(logits_BSE)
-        return logits_BSE + float32_product(before_BSE, self.residual)
+        return logits_BSE + router_product(before_BSE, self.residual)
 
 
 @dataclass(frozen=True)

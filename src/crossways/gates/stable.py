@@ -17,8 +17,8 @@ from crossways.gates.base import (
     GateSpec,
     check_vocabulary,
     check_whole,
-    float32_product,
     required_token_ids,
+    router_product,
 )
 from crossways.routing import Context, GateOutput
 
@@ -57,8 +57,8 @@ class StableGate(Gate):
         token_ids_BS = required_token_ids("stable", context)
         assert context is not None  # or there would be no token ids
         fixed = context.step >= self.freeze_after
-        logits_BSE = float32_product(x_BSD, self.weight)
-        distilled_BSE = float32_product(self.words_VR[token_ids_BS], self.centroids_ER)
+        logits_BSE = router_product(x_BSD, self.weight)
+        distilled_BSE = router_product(self.words_VR[token_ids_BS].to(logits_BSE.dtype), self.centroids_ER)
         if self.training and not fixed:
             loss = _distillation_loss(distilled_BSE, logits_BSE, context.valid_BS)
             return GateOutput(logits_BSE, loss=loss)

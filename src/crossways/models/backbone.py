@@ -6,6 +6,7 @@ Legend: B batch, S sequence, D model width, R routers.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from crossways.models.outputs import RoutedModelOutput
 from crossways.models.pretrained import CrosswaysPreTrainedModel
 from crossways.models.repeated import CacheFrom, RepeatedRouter
 from crossways.router import Router
-from crossways.routing import Context, Routing
+from crossways.routing import Context, Replay, Routing
 
 
 def _repeated_routers(config: CrosswaysConfig) -> nn.ModuleList:
@@ -42,6 +43,8 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
     """
 
     training_passes: Tensor
+    replay: Replay | None
+    """Says what to execute in the next pass, while decisions are replayed (`crossways.replay`)."""
     pass_is_step: bool
     """Whether a training pass is an optimizer step by itself; otherwise `finish_step` says when one ends."""
 
@@ -65,6 +68,7 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         if config.scheduled:
             self.register_buffer("training_passes", torch.zeros((), dtype=torch.long))
         self.pass_is_step = True
+        self.replay = None
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -99,7 +103,8 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
         """For each routed layer, what its routers may look at, but for what earlier layers will decide."""
         sharing = self.config.sharing_plan
         step = int(self.training_passes) if self.config.scheduled else 0
-        contexts = {}
+        contexts: dict[int, list[Context]] = {}
+        replayed = iter(self.replay(token_ids_BS)) if self.replay else repeat(None)
         for position, (index, gates) in enumerate(self.gate_plan.items()):
             routers = self._routers_of(index)
             contexts[index] = [
@@ -114,8 +119,9 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
                     cutoff_C=router.snapshot("cutoff"),
                     normaliser_E=router.snapshot("normaliser"),
                     bias_E=router.snapshot("bias"),
+                    decided=decided,
                 )
-                for gate, router in zip(gates, routers, strict=True)
+                for gate, router, decided in zip(gates, routers, replayed, strict=False)
             ]
         return contexts
 
@@ -182,10 +188,20 @@ class CrosswaysModel(CrosswaysPreTrainedModel):
             )
             routings, previous = routings + decided, decided or previous
         if self.training and torch.is_grad_enabled():  # sampling from a model in training mode teaches it nothing
+            if self.config.load_balance_scope == "global":
+                routings = self._gathered(routings)
             self._observe(routings)
         return RoutedModelOutput(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, routings=routings
         )
+
+    def _gathered(self, routings: tuple[Routing, ...]) -> tuple[Routing, ...]:
+        """With the loads of all processes, for the balance loss; one exchange for all routers."""
+        if not routings:
+            return routings
+        loads = [r.assignment.load_E() + (0.0 if r.earlier_load_E is None else r.earlier_load_E) for r in routings]
+        summed = self.routers[0].processes.sum(torch.cat(loads).float()).split([len(load_E) for load_E in loads])
+        return tuple(replace(r, gathered_load_E=load_E) for r, load_E in zip(routings, summed, strict=True))
 
     def _observe(self, routings: tuple[Routing, ...]) -> None:
         """Let the routers learn what is not learnt by gradients."""

@@ -12,6 +12,7 @@ from crossways.gates import build_gate
 from crossways.rules.score import build_score
 from crossways.rules.select import Capacity, GroupLimited, ScheduledTopK, Selection, Threshold, TopK, build_selection
 from crossways.sharing import build_sharing
+from crossways.weighing import check_renormalize
 
 if TYPE_CHECKING:
     from crossways.models.configuration import CrosswaysConfig
@@ -21,9 +22,11 @@ CHOICES = {
     "cartesian_skip": ("factor", "input"),
     "router_input": ("factor", "layer"),
     "weights_on": ("output", "input"),
-    "load_balance_probs": ("softmax", "scores"),
+    "router_dtype": ("float32", "float64"),
+    "load_balance_probs": ("softmax", "scores", "cosine"),
+    "load_balance_over": ("slots", "experts"),
     "load_balance_pairs": ("executed", "asked", "first"),
-    "load_balance_scope": ("batch", "step"),
+    "load_balance_scope": ("batch", "step", "global"),
 }
 """Fields that name one of several."""
 LEAST = {
@@ -43,6 +46,7 @@ LEAST = {
 MOST = {
     "load_balance_coef": math.inf,
     "sequence_balance_coef": math.inf,
+    "zero_reward_coef": math.inf,
     "importance_coef": math.inf,
     "load_coef": math.inf,
     "device_balance_coef": math.inf,
@@ -78,6 +82,7 @@ def check_configuration(config: CrosswaysConfig) -> None:
     _check_ranges(config)
     Activation(config.expert_activation)
     build_score(config.score)
+    check_renormalize(config.renormalize, config.zero_experts)
     select = build_selection(config.select or "top_k")
     select.check(config.router_size)
     build_gate(config.gate).check(config.router_size, select)
@@ -86,6 +91,7 @@ def check_configuration(config: CrosswaysConfig) -> None:
             f"selection 'capacity' says zero_computation = {select.zero_computation}, but zero_experts, copy_experts "
             f"and constant_experts are {config.zero_computation_experts} together"
         )
+    _check_slots(config)
     _check_losses(config, select)
     _check_attention(config)
     build_sharing(config.sharing)
@@ -160,6 +166,28 @@ def _check_attention(config: CrosswaysConfig) -> None:
         raise UserError(f"attention_experts = {config.attention_experts} have no biases: turn attention_bias off")
 
 
+def _check_slots(config: CrosswaysConfig) -> None:
+    """Offsets and losses that need slots of a certain kind."""
+    for field in ("negated_logit_offset", "zero_logit_offset"):
+        if not math.isfinite(value := getattr(config, field)):
+            raise UserError(f"{field} must be a finite number, got {value}")
+    if config.negated_logit_offset and not config.negated_experts:
+        raise UserError("negated_logit_offset is for slots that subtract: set negated_experts too")
+    if config.negated_experts and config.weights_on != "output":
+        raise UserError(
+            f"negated_experts subtract what an expert returns: weights_on must be output, got {config.weights_on!r}"
+        )
+    if not config.zero_experts:
+        for field in ("zero_logit_offset", "zero_reward_coef"):
+            if getattr(config, field):
+                raise UserError(f"{field} is for zero experts: set zero_experts too")
+    if config.load_balance_over == "experts" and config.zero_computation_balance != 1:
+        raise UserError(
+            "load_balance_over 'experts' leaves zero-computation experts out of the balance loss: leave "
+            "zero_computation_balance at 1"
+        )
+
+
 def _check_losses(config: CrosswaysConfig, select: Selection) -> None:
     """Losses that need something of the gate or of the selection, and balancing that excludes another."""
     if config.quantile_balancing:
@@ -167,8 +195,13 @@ def _check_losses(config: CrosswaysConfig, select: Selection) -> None:
             raise UserError(f"quantile_balancing needs selection 'top_k' of fewer than all experts, not {select}")
         if config.bias_update_rate:
             raise UserError("quantile_balancing and bias_update_rate both move the bias: choose one")
-    if config.load_balance_scope == "step" and config.load_balance_pairs != "executed":
-        raise UserError("load_balance_scope 'step' counts executed pairs: set load_balance_pairs to executed")
+    if config.load_balance_scope != "batch" and config.load_balance_pairs != "executed":
+        raise UserError(
+            f"load_balance_scope {config.load_balance_scope!r} counts executed pairs: set load_balance_pairs to "
+            "executed"
+        )
+    if config.load_balance_probs == "cosine" and (gate := build_gate(config.gate).name) != "cosine":
+        raise UserError(f"load_balance_probs 'cosine' needs gate 'cosine', the gate is {gate!r}: change one of them")
     if config.load_coef:
         gate = build_gate(config.gate).name
         if gate != "noisy":

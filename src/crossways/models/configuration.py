@@ -116,6 +116,14 @@ class CrosswaysConfig(LlamaConfig):
     """Experts that return their input (MoE++); 0 for none, 1 in the paper."""
     constant_experts: int = 0
     """Experts that blend their input with a learnt vector (MoE++); 0 for none, 1 to 6 in the paper."""
+    negated_experts: bool = False
+    """Give each routed expert a second slot, in which it is subtracted (TC-MoE): routers choose among `num_experts`
+    that add, as many that subtract, then zero, copy and constant experts."""
+    negated_logit_offset: float | int = 0.0
+    """Added to the logits of the slots that subtract; 0 is off, -1 in TC-MoE's code, so that most pairs add."""
+    zero_logit_offset: float | int = 0.0
+    """Added to the logits of zero experts; 0 is off, -10 in TC-MoE's code, so that they are chosen once they learn
+    to."""
     expert_activation: str = "swiglu"
     """Activation of routed and shared experts: swiglu, geglu, reglu, silu, gelu or relu."""
     gate: str | dict[str, Any] = "linear"
@@ -125,14 +133,18 @@ class CrosswaysConfig(LlamaConfig):
     """Score rule, e.g. `softmax`, `sigmoid`, `relu` or `{"name": "unified", "alpha": 0.5}`."""
     select: str | dict[str, Any] | None = None
     """Selection rule, e.g. `{"name": "top_c", "k": 2, "group": "sequence"}`; by default token choice with k = 2."""
-    renormalize: bool = False
-    """Scale each token's chosen weights to sum to one (as Mixtral does; OLMoE and USMoE do not)."""
+    renormalize: bool | str = False
+    """Scale each token's chosen weights to sum to one (as Mixtral does; OLMoE and USMoE do not). `softmax` takes the
+    softmax of the chosen scores instead (LibMoE's X-MoE); `with_zero` has them sum to one together with the scores of
+    all zero experts (TC-MoE)."""
     weight_scale: float | int = 1.0
     """Factor on all weights, after renormalising (DeepSeek's `routed_scaling_factor`); 1 is off, 2.5 in V3."""
     expert_dropout: float | int = 0.0
     """Probability that a token may not choose an expert in a training step (sigma-MoE); 0 is off, 0.05 there."""
     router_dropout: float | int = 0.0
     """Dropout of what the routers, not the experts, read in training; 0 is off, 0.1 customary."""
+    router_dtype: str = "float32"
+    """What routers compute logits and scores in, and compare: `float32`, or `float64`, slower, for near ties."""
     router_initializer_range: float | int = 0.0
     """Standard deviation that gates start with; 0 takes `initializer_range`. Smaller starts more balanced."""
     router_jitter: float | int = 0.0
@@ -146,14 +158,22 @@ class CrosswaysConfig(LlamaConfig):
     load_balance_temperature: float | int = 1.0
     """Temperature of the softmax within that loss, above 0; 1 is the softmax of the logits, 0.3 in USMoE's gates."""
     load_balance_probs: str = "softmax"
-    """Probabilities within that loss: `softmax` of the logits, or the layer's own `scores` scaled to sum to one, as
-    in Megatron-core for sigmoid scores."""
+    """Probabilities within that loss: `softmax` of the logits, the layer's own `scores` scaled to sum to one, as in
+    Megatron-core for sigmoid scores, or for gate `cosine` the softmax of the `cosine`s over
+    `load_balance_temperature`, whatever the gate's own (X-MoE, which takes 0.3)."""
     load_balance_pairs: str = "executed"
     """What that loss counts: `executed` pairs, those `asked` for before a full expert drops any (Switch), or the
     `first` choice of each token alone, also before dropping (GShard)."""
     load_balance_scope: str = "batch"
-    """Over what that loss counts executed pairs: the `batch` of one pass, or all passes of the optimizer `step` so
-    far (`global_aux_loss` of Megatron-core); the same unless gradients are accumulated."""
+    """Over what that loss counts executed pairs: the `batch` of one pass, all passes of the optimizer `step` so far,
+    the same unless gradients are accumulated, or `global`, those of all processes that train together
+    (`global_aux_loss` of Megatron-core)."""
+    load_balance_over: str = "slots"
+    """Between whom that loss balances: all `slots` of a router, or the `experts` that compute alone, both slots of a
+    negated one counted together (TC-MoE)."""
+    zero_reward_coef: float | int = 0.0
+    """Weight of minus the zero experts' mean share of the scores, summed over routers (TC-MoE): more zero experts, so
+    fewer executed ones; 0 is off and the authors' released setting, 0.00001 in LibMoE."""
     zero_computation_balance: float | int = 1.0
     """Weight tau of zero, copy and constant experts within the load-balance loss, at least 0: a lower one sends them
     more tokens; 0.75 in MoE++, 1 treats all alike."""
@@ -254,8 +274,24 @@ class CrosswaysConfig(LlamaConfig):
 
     @property
     def router_size(self) -> int:
-        """Experts that a router chooses among: the feed-forward experts, then the zero-computation ones."""
-        return self.num_experts + self.zero_computation_experts
+        """Slots that a router chooses among: the feed-forward experts, the same subtracted if they may be, then the
+        zero-computation ones."""
+        return self.num_experts * (1 + self.negated_experts) + self.zero_computation_experts
+
+    @property
+    def logit_offsets(self) -> tuple[tuple[int, int, float], ...]:
+        """First slot, the one after the last, and what is added to their logits; only where that is not nothing."""
+        offsets = (
+            (self.num_experts, 2 * self.num_experts, float(self.negated_logit_offset)),
+            (*self.zero_slots, float(self.zero_logit_offset)),
+        )
+        return tuple(offset for offset in offsets if offset[2])
+
+    @property
+    def zero_slots(self) -> tuple[int, int]:
+        """The first zero expert in a router's numbering, and the one after the last."""
+        first = self.router_size - self.zero_computation_experts
+        return first, first + self.zero_experts
 
     @property
     def num_groups(self) -> int:

@@ -77,7 +77,7 @@ def to_qwen2_moe(model: CrosswaysForCausalLM) -> Qwen2MoeForCausalLM:
         shared_expert_intermediate_size=max(config.shared_expert_intermediate_size, 1),
         num_experts_per_tok=k,
         num_experts=config.num_experts,
-        norm_topk_prob=config.renormalize,
+        norm_topk_prob=bool(config.renormalize),
         router_aux_loss_coef=0.0,
         qkv_bias=biased,
     )
@@ -216,6 +216,10 @@ def _token_choice_k(model: CrosswaysForCausalLM, family: str) -> int:
         raise _refused(family, f"it goes through its {config.distinct_layers} layers {config.rounds} times")
     if any(map(config.sharing_plan.reuses_decision, range(len(config.routed_layers)))):
         raise _refused(family, "layers repeat the decision of the layer before")
+    if config.negated_experts:
+        raise _refused(family, "its experts may also be subtracted")
+    if not isinstance(config.renormalize, bool):
+        raise _refused(family, f"its weights are scaled by renormalize {config.renormalize!r}")
     if config.zero_computation_experts:
         raise _refused(family, f"it has {config.zero_computation_experts} zero-computation experts")
     if config.qk_norm:

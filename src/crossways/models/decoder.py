@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,6 +38,8 @@ def build_router(config: CrosswaysConfig) -> Router:
         build_selection(config.select or "top_k"),
         renormalize=config.renormalize,
         weight_scale=config.weight_scale,
+        zero_slots=config.zero_slots,
+        logit_offsets=config.logit_offsets,
         cutoff_momentum=config.cutoff_momentum,
         bias_update_rate=config.bias_update_rate,
         expert_dropout=config.expert_dropout,
@@ -44,6 +47,7 @@ def build_router(config: CrosswaysConfig) -> Router:
         input_dropout=config.router_dropout,
         price_momentum=config.quantile_momentum if config.quantile_balancing else None,
         sparsity=sparsity,
+        dtype=getattr(torch, config.router_dtype),
     )
 
 
@@ -73,7 +77,15 @@ def build_moe(config: CrosswaysConfig) -> MoE:
     if config.zero_computation_experts:
         numbers = config.zero_experts, config.copy_experts, config.constant_experts
         cheap = ZeroComputationExperts(config.hidden_size, *numbers)
-    return MoE(router, experts, shared, cheap, latent, config.weights_on)  # type: ignore[arg-type]
+    return MoE(
+        router,
+        experts,
+        shared,
+        cheap,
+        config.negated_experts,
+        latent,
+        config.weights_on,  # type: ignore[arg-type]
+    )
 
 
 def build_routed_layer(config: CrosswaysConfig) -> MoE | CartesianMoE:

@@ -6,13 +6,14 @@ Legend: R routers, B batch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from crossways.models.configuration import CrosswaysConfig
-from crossways.routing import Routing
+from crossways.routing import GateNoise, Routing
 from crossways.rules.balance import (
     balance_product,
     communication_balance_loss,
@@ -23,10 +24,12 @@ from crossways.rules.balance import (
     load_loss,
     mutual_information_loss,
     normalised,
+    over_experts,
     router_z_loss,
     sequence_balance_loss,
     sequence_entropy_loss,
     sparsity_loss,
+    zero_reward,
 )
 from crossways.rules.select import GroupLimited, build_selection
 
@@ -42,6 +45,7 @@ AUXILIARY_LOSSES = (
     "sequence_entropy",
     "mutual_information",
     "router_z",
+    "zero_reward",
     "gate",
     "sparsity",
 )
@@ -63,7 +67,7 @@ def auxiliary_losses(
         repeat another's decision have none, those whose choice is fixed no balance loss, gates without noise (and
         none has any outside training) no load loss, and most gates no loss of their own.
     """
-    routings = [routing for routing in routings if not routing.reused]
+    routings = [_in_float32(routing) for routing in routings if not routing.reused]
     losses: dict[str, Tensor] = {}
     total: Tensor | float = 0.0
     for name, (coef, loss) in _terms(config).items():
@@ -83,16 +87,19 @@ def auxiliary_losses(
 def _terms(config: CrosswaysConfig) -> dict[str, tuple[float, Callable[[Routing], Tensor | None]]]:
     """Coefficient and function of each loss with a fixed coefficient, by name."""
 
-    def load_balance(r: Routing) -> Tensor:
+    def load_balance(r: Routing) -> Tensor | None:
+        if config.load_balance_probs == "cosine" and r.cosine_TE is None:  # outside training
+            return None
         load_E = _counted(r, config)
         pairs = load_E.sum()
         if config.zero_computation_experts:
             share_E = torch.ones_like(load_E)
             share_E[config.num_experts :] = config.zero_computation_balance
             load_E = load_E * share_E
-        probs_TE = (r.logits_TE.float() / config.load_balance_temperature).softmax(-1)
-        if config.load_balance_probs == "scores":
-            probs_TE = normalised(r.scores_TE)
+        probs_TE = _probs(r, config)
+        if config.load_balance_over == "experts":
+            load_E, probs_TE = over_experts(load_E, probs_TE, config.num_experts, config.negated_experts)
+            pairs = load_E.sum()
         return balance_product(load_E, pairs, probs_TE, r.valid_T)
 
     def sequence_balance(r: Routing) -> Tensor:
@@ -124,7 +131,7 @@ def _terms(config: CrosswaysConfig) -> dict[str, tuple[float, Callable[[Routing]
         "load": (config.load_coef, learning(load)),
         "excess_load": (
             config.excess_load_coef,
-            learning(lambda r: excess_load_loss(r.logits_TE, r.assignment, r.valid_T)),
+            learning(lambda r: excess_load_loss(r.logits_TE, r.asked or r.assignment, r.valid_T)),
         ),
         "entropy": (config.entropy_coef, learning(lambda r: entropy_loss(r.logits_TE, r.valid_T))),
         "sequence_entropy": (
@@ -136,19 +143,43 @@ def _terms(config: CrosswaysConfig) -> dict[str, tuple[float, Callable[[Routing]
             learning(lambda r: mutual_information_loss(r.logits_TE, r.valid_T)),
         ),
         "router_z": (config.router_z_loss_coef, lambda r: router_z_loss(r.logits_TE, r.valid_T)),
+        "zero_reward": (
+            config.zero_reward_coef,
+            learning(lambda r: zero_reward(r.scores_TE, config.zero_slots, r.valid_T)),
+        ),
         "gate": (config.gate_loss_coef, lambda r: r.gate_loss),
     }
 
 
+def _probs(r: Routing, config: CrosswaysConfig) -> Tensor:
+    """The probabilities of the load-balance loss, float32 (T, E)."""
+    if config.load_balance_probs == "scores":
+        return normalised(r.scores_TE)
+    if config.load_balance_probs == "cosine":
+        return (cast(Tensor, r.cosine_TE).float() / config.load_balance_temperature).softmax(-1)
+    return (r.logits_TE.float() / config.load_balance_temperature).softmax(-1)
+
+
 def _counted(r: Routing, config: CrosswaysConfig) -> Tensor:
     """What the load-balance loss counts, float32 (E,)."""
-    if config.load_balance_scope == "step" and r.earlier_load_E is not None:
+    if r.gathered_load_E is not None:
+        return r.gathered_load_E
+    if config.load_balance_scope != "batch" and r.earlier_load_E is not None:
         return r.earlier_load_E + r.assignment.load_E()
     asked = r.asked or r.assignment
     if config.load_balance_pairs == "first":
         first_T = asked.top_expert_T()
         return first_T[first_T >= 0].bincount(minlength=asked.num_experts).float()
     return (asked if config.load_balance_pairs == "asked" else r.assignment).load_E().float()
+
+
+def _in_float32(r: Routing) -> Routing:
+    """What a router in float64 said; losses are float32 like the language model's."""
+    if r.logits_TE.dtype == torch.float32:
+        return r
+    noise = None if r.noise is None else GateNoise(r.noise.clean.float(), r.noise.scale.float())
+    gate_loss = None if r.gate_loss is None else r.gate_loss.float()
+    return replace(r, logits_TE=r.logits_TE.float(), scores_TE=r.scores_TE.float(), noise=noise, gate_loss=gate_loss)
 
 
 def share_of_step(labels_BS: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:

@@ -10,6 +10,7 @@ from crossways.perturb.force import ForcePaths
 from crossways.perturb.frequent import FrequentPaths
 from crossways.perturb.noise import LogitNoise
 from crossways.perturb.permute import PermuteExperts
+from crossways.perturb.random_logits import RandomLogits
 
 __all__ = [
     "DisableTop",
@@ -19,6 +20,7 @@ __all__ = [
     "LogitNoise",
     "ModelPerturbation",
     "PermuteExperts",
+    "RandomLogits",
     "Stage",
     "perturbed",
     "top_pairs",

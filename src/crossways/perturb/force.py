@@ -54,7 +54,13 @@ class ForcePaths(ModelPerturbation):
                     f"{tuple(logits_BSE.shape[:2])}"
                 )
             routing = decide(logits_BSE, allowed_BSE)
-            return force_top(routing, expert_BS.flatten(), allowed_BSE, site.router.renormalize, alone=self.alone)
+            return force_top(
+                routing,
+                expert_BS.flatten(),
+                allowed_BSE,
+                site.router.renormalize in (True, "softmax"),
+                alone=self.alone,
+            )
 
         return forced
 

@@ -96,7 +96,7 @@ class _TwoPasses:
             if self.expert_TR is None:
                 raise ValueError("the model whose paths are restricted must itself be called, not a part of it")
             expert_T = self.expert_TR[:, site.index]
-            return force_top(routing, expert_T, allowed_BSE, site.router.renormalize, alone=self.alone)
+            return force_top(routing, expert_T, allowed_BSE, site.router.sums_to_one, alone=self.alone)
 
         return forced
 

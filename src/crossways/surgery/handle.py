@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from crossways.errors import UserError
+from crossways.routing import Replay
 from crossways.surgery.copying import copy_with
 from crossways.surgery.pass_state import read_pass
 from crossways.surgery.rule import Rule
@@ -47,7 +49,8 @@ class Change:
 class Handle:
     """A rerouted model. Ends with `undo`, or as a context manager.
 
-    `always_causal` makes every pass route by the decode twins, not only generation.
+    `always_causal` makes every pass route by the decode twins, not only generation; `replay` says what to execute
+    while decisions are replayed (`crossways.replay`).
 
     Nothing of the model's class, code or weights is changed: there are hooks on it, three attributes of the instance
     (`generate` and `save_pretrained`, wrapped, and the handle), and an entry of its configuration.
@@ -66,6 +69,7 @@ class Handle:
         self.blocks, self.changes, self.left = list(blocks), changes, list(left)
         self.active = True
         self.always_causal = False
+        self.replay: Replay | None = None
         self._causal: bool | None = None
         self._training = False
         self._checkpointed: dict[nn.Module, Any] = {}
@@ -186,8 +190,10 @@ class Handle:
         causal = decoding if self._causal is None else self._causal
         causal = causal or self.always_causal
         self._training = decoder.training and torch.is_grad_enabled()
-        for block in self.blocks:
-            block.begin(state, causal=causal)
+        ids_BS = None if state is None else state.token_ids_BS
+        replayed = self.replay(ids_BS) if self.replay else repeat(None)
+        for block, decided in zip(self.blocks, replayed, strict=False):
+            block.begin(state, causal=causal, decided=decided)
         self._remember(decoder)
 
     @torch.compiler.disable
@@ -212,7 +218,7 @@ class Handle:
                 module._gradient_checkpointing_func = Repeating(self.blocks, function)  # type: ignore[assignment]
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_checkpointed": {}}
+        return vars(self) | {"_checkpointed": {}, "replay": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         return copy_with(self, self.model, memo)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.routing import Context, Routing
+from crossways.routing import Context, Decided, Routing
 from crossways.surgery.copying import copy_with
 from crossways.surgery.find import Block
 from crossways.surgery.pass_state import PassState
@@ -36,6 +36,8 @@ class BlockPass:
     causal: bool = False
     cutoff_C: Tensor | None = None
     normaliser_E: Tensor | None = None
+    decided: Decided | None = None
+    """What to execute instead of deciding."""
 
 
 class RoutedBlock:
@@ -84,10 +86,11 @@ class RoutedBlock:
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedBlock:
         return copy_with(self, self.model, memo)
 
-    def begin(self, state: PassState | None, *, causal: bool) -> None:
+    def begin(self, state: PassState | None, *, causal: bool, decided: Decided | None = None) -> None:
         """Start a pass."""
         self.live, self.routing = True, None
-        self.passing = BlockPass(state, causal, self.router.snapshot("cutoff"), self.router.snapshot("normaliser"))
+        estimates = self.router.snapshot("cutoff"), self.router.snapshot("normaliser")
+        self.passing = BlockPass(state, causal, *estimates, decided)
 
     def end(self) -> None:
         """End it. What is decided from here on repeats an earlier pass, under gradient checkpointing."""
@@ -100,7 +103,7 @@ class RoutedBlock:
             return output
         logits_TE = output[1] if self.reading.hands_over == "dense" else output[0]
         self.router.to(logits_TE.device).train(module.training)
-        untouched = self.own and self.router.perturbation is None
+        untouched = self._untouched()
         self.router.executed = self._executed(output) if untouched else None
         try:
             logits_BSE = self._rows(logits_TE)
@@ -111,6 +114,10 @@ class RoutedBlock:
         if self.live:
             self.routing = detached(routing)
         return output if untouched else self._handed_over(output, self._scaled(routing.assignment))
+
+    def _untouched(self) -> bool:
+        """Whether the family's own decision stands."""
+        return self.own and self.router.perturbation is None and self.passing.decided is None
 
     def _rows(self, logits_TE: Tensor) -> Tensor:
         """Float32 logits (B, S, E); of one row if the router was called by itself."""
@@ -153,7 +160,7 @@ class RoutedBlock:
         return None
 
     def _looks_around(self) -> bool:
-        if self.passing.causal or (self.own and self.router.perturbation is None):
+        if self.passing.causal or self._untouched():
             return False
         return not all(rule.causal and rule.batch_invariant for rule in (self.router.select, self.router.score))
 
@@ -168,6 +175,7 @@ class RoutedBlock:
             cutoff_C=_to(passing.cutoff_C, device),
             normaliser_E=_to(passing.normaliser_E, device),
             bias_E=bias,
+            decided=passing.decided,
         )
 
     def _executed(self, output: Any) -> Assignment:

@@ -5,7 +5,7 @@ Legend: R routers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from crossways.errors import UserError
 from crossways.router import Router
 from crossways.routing import Context, Routing
-from crossways.sites import router_sites, routers_per_layer
+from crossways.sites import Site, router_sites, routers_per_layer
 from crossways.surgery.attach import own_routing
 from crossways.trace.sums import Trace, TraceSettings
 
@@ -42,30 +42,52 @@ def traced(model: nn.Module, settings: TraceSettings | None = None, into: Trace 
 
 @contextmanager
 def _traced(model: nn.Module, settings: TraceSettings | None, into: Trace | None) -> Iterator[Trace]:
-    sites = router_sites(model)
-    if not sites:
-        raise ValueError(f"{type(model).__name__} has no router to trace")
+    sites = _sites(model)
     experts = {site.router.num_experts for site in sites}
     if len(experts) > 1:
         raise UserError(f"cannot trace routers of different numbers of experts: {sorted(experts)}")
     trace = into or Trace(experts.pop(), len(sites), routers_per_layer(sites), settings)
     before = trace.num_tokens
-    recorder = _Recorder(trace)
-    with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
-        for site in sites:
-            stack.callback(site.router.register_forward_hook(recorder.receive, with_kwargs=True).remove)
-        stack.callback(model.register_forward_hook(recorder.end).remove)
+    with each_pass(model, trace.record):
         yield trace
     if trace.num_tokens == before:
         raise ValueError(f"the trace received nothing: {type(model).__name__} was not called, or with padding alone")
 
 
+Record = Callable[[list[Routing], Tensor | None], None]
+"""Gets the routings of a forward pass, and its token ids (T,) if routers knew them."""
+
+
+@contextmanager
+def each_pass(model: nn.Module, record: Record) -> Iterator[None]:
+    """Hand over what the routers executed in every forward pass of `model` itself while the context lasts. What
+    gradient checkpointing repeats is left out.
+
+    Raises:
+        ValueError: if the model has no router.
+    """
+    sites = _sites(model)
+    recorder = _Recorder(record)
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
+        for site in sites:
+            stack.callback(site.router.register_forward_hook(recorder.receive, with_kwargs=True).remove)
+        stack.callback(model.register_forward_hook(recorder.end).remove)
+        yield
+
+
+def _sites(model: nn.Module) -> list[Site]:
+    sites = router_sites(model)
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no router to trace")
+    return sites
+
+
 class _Recorder:
     """Collects the routings of one forward pass, and hands them over at its end."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, record: Record) -> None:
+        self.record = record
         self.active = False
         self.routings: list[Routing] = []
         self.token_ids_BS: Tensor | None = None
@@ -85,5 +107,5 @@ class _Recorder:
     def end(self, *_: Any) -> None:
         ids_BS = self.token_ids_BS
         self.active = False
-        self.trace.record(self.routings, None if ids_BS is None else ids_BS.flatten())
+        self.record(self.routings, None if ids_BS is None else ids_BS.flatten())
         self.routings = []

@@ -10,6 +10,7 @@ from crossways.rules.balance.logits import (
     sequence_entropy_loss,
     sparsity_loss,
 )
+from crossways.rules.balance.slots import over_experts, zero_reward
 from crossways.rules.balance.variation import importance_loss, load_loss
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "load_loss",
     "mutual_information_loss",
     "normalised",
+    "over_experts",
     "router_z_loss",
     "sequence_balance_loss",
     "sequence_entropy_loss",
     "sparsity_loss",
+    "zero_reward",
 ]

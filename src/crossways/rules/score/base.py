@@ -16,7 +16,7 @@ from crossways.rules.registry import build, catalogue
 
 @dataclass(frozen=True)
 class Score:
-    """Maps float32 router logits (B, S, E) to non-negative float32 scores (B, S, E).
+    """Maps router logits (B, S, E), float32 or float64, to non-negative scores (B, S, E) of the same dtype.
 
     Most scores look at one token at a time. One that looks at others says so, leaves padding out by `valid_BS`, and
     names a decode twin.

@@ -57,8 +57,9 @@ class Selection:
         """Choose pairs.
 
         Args:
-            choice_BSE: float32 (B, S, E), greater is better, above minus infinity wherever the pair is allowed.
-            scores_BSE: float32 (B, S, E), the weights of the chosen pairs; gradients flow through these.
+            choice_BSE: float32 or float64 (B, S, E), greater is better, above minus infinity wherever the pair is
+                allowed.
+            scores_BSE: the same (B, S, E), the weights of the chosen pairs; gradients flow through these.
             allowed_BSE: boolean (B, S, E), false for pairs that must not be chosen (padding, disabled experts);
                 None allows all.
         """

@@ -77,6 +77,8 @@ def differences(config: CrosswaysConfig, settings: UpcycleSettings, grouped: boo
 def _of_experts(config: CrosswaysConfig, granularity: int, grouped: bool) -> list[str]:
     select = build_selection(config.select or "top_k")
     found = []
+    if config.negated_experts:
+        found.append("experts may also be subtracted")
     if not config.renormalize:
         found.append("weights are not renormalised: their sum differs from token to token")
     if select.name not in ALWAYS_SOMEBODY:
