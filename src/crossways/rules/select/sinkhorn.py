@@ -89,7 +89,7 @@ class Sinkhorn(Selection):
         done_G1 = torch.zeros_like(rows_G1, dtype=torch.bool)
         for _ in range(self.max_iterations):
             row_GN = 1 / (rows_G1 * ((mass_GNE @ scale_GE[..., None])[..., 0] + tiny))
-            new_GE = 1 / (columns * ((row_GN[..., None] * mass_GNE).sum(1) + tiny))
+            new_GE = 1 / (columns * ((row_GN[:, None] @ mass_GNE)[:, 0] + tiny))
             change_G1 = (new_GE - scale_GE).abs().mean(-1, keepdim=True)
             scale_GE = torch.where(done_G1, scale_GE, new_GE)
             done_G1 = done_G1 | (change_G1 < self.tolerance)
