@@ -6,6 +6,7 @@
 // Dijkstra's algorithm finds the chain among E nodes.
 //
 // Legend: N tokens, E experts, C places per expert.
+#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -18,70 +19,88 @@ namespace {
 constexpr double FAR = std::numeric_limits<double>::infinity();
 
 struct Transport {
-  const double* gain;
-  int64_t n, experts, places;
+  int64_t n, experts, places, wide;  // wide: E in whole vectors of 8
+  std::vector<double> gain;          // (N, wide), rows padded with -infinity
   std::vector<std::vector<int64_t>> members;
-  std::vector<double> cost;     // (E, E): the least loss of moving one token of a to b
-  std::vector<int64_t> mover;   // (E, E): which token that is
-  std::vector<double> price, distance;
-  std::vector<int64_t> before;  // on the cheapest chain
-  std::vector<char> done;
-  double room_price = 0;        // price of the node behind all experts that have room
+  std::vector<double> cost;    // (E, wide): the least loss of moving one token of a to b
+  std::vector<int64_t> mover;  // (E, wide): which token that is
+  std::vector<double> price, distance, open;  // (wide): open is the distance of who has not been visited
+  std::vector<int64_t> before;                // on the cheapest chain
+  double room_price = 0;                      // price of the node behind all experts that have room
 
-  Transport(const double* gain_, int64_t n_, int64_t experts_, int64_t places_)
-      : gain(gain_), n(n_), experts(experts_), places(places_), members(experts_), cost(experts_ * experts_, FAR),
-        mover(experts_ * experts_, -1), price(experts_, 0), distance(experts_), before(experts_), done(experts_) {
+  Transport(const double* from, int64_t n_, int64_t experts_, int64_t places_)
+      : n(n_), experts(experts_), places(places_), wide((experts_ + 7) / 8 * 8), gain(n * wide, -FAR), members(experts),
+        cost(experts * wide, FAR), mover(experts * wide, -1), price(wide, 0), distance(wide), open(wide), before(wide) {
     for (int64_t t = 0; t < n; t++) {
-      const double* row = gain + t * experts;
+      const double* row = from + t * experts;
+      std::copy_n(row, experts, gain.begin() + t * wide);
       members[std::max_element(row, row + experts) - row].push_back(t);
     }
-    for (int64_t a = 0; a < experts; a++) reprice(a);
+    for (int64_t a = 0; a < experts; a++)
+      for (int64_t t : members[a]) consider(a, t);
   }
 
-  // The least loss of moving one of a's tokens, to every other expert.
-  void reprice(int64_t a) {
-    double* least = cost.data() + a * experts;
-    int64_t* who = mover.data() + a * experts;
-    std::fill_n(least, experts, FAR);
-    for (int64_t t : members[a]) {
-      const double* row = gain + t * experts;
-      const double here = row[a];
-      for (int64_t b = 0; b < experts; b++) {
-        const bool better = here - row[b] < least[b];
-        least[b] = better ? here - row[b] : least[b];
-        who[b] = better ? t : who[b];
-      }
+  // Whether t is the token that a loses least by giving away, to every other expert.
+  void consider(int64_t a, int64_t t) {
+    const double* row = &gain[t * wide];
+    double* least = &cost[a * wide];
+    int64_t* who = &mover[a * wide];
+    const __m512d here = _mm512_set1_pd(row[a]);
+    const __m512i me = _mm512_set1_epi64(t);
+    for (int64_t b = 0; b < wide; b += 8) {
+      const __m512d loss = _mm512_sub_pd(here, _mm512_loadu_pd(row + b));
+      const __mmask8 better = _mm512_cmp_pd_mask(loss, _mm512_loadu_pd(least + b), _CMP_LT_OQ);
+      _mm512_mask_storeu_pd(least + b, better, loss);
+      _mm512_mask_storeu_epi64(who + b, better, me);
     }
     least[a] = FAR;
   }
 
+  void move(int64_t t, int64_t a, int64_t b) {
+    members[a].erase(std::find(members[a].begin(), members[a].end(), t));
+    std::fill_n(cost.begin() + a * wide, wide, FAR);
+    for (int64_t one : members[a]) consider(a, one);
+    members[b].push_back(t);
+    consider(b, t);
+  }
+
   bool has_room(int64_t e) const { return int64_t(members[e].size()) < places; }
+
+  // The nearest expert that was not visited, -1 if none can be reached.
+  int64_t nearest() const {
+    __m512d least = _mm512_set1_pd(FAR);
+    for (int64_t b = 0; b < wide; b += 8) least = _mm512_min_pd(least, _mm512_loadu_pd(&open[b]));
+    const double top = _mm512_reduce_min_pd(least);
+    if (top == FAR) return -1;
+    for (int64_t b = 0;; b += 8)
+      if (const __mmask8 here = _mm512_cmp_pd_mask(_mm512_loadu_pd(&open[b]), _mm512_set1_pd(top), _CMP_EQ_OQ))
+        return b + __builtin_ctz(here);
+  }
 
   // The last expert of the cheapest chain from `source` to one that has room.
   int64_t search(int64_t source) {
     std::fill(distance.begin(), distance.end(), FAR);
-    std::fill(done.begin(), done.end(), 0);
-    distance[source] = 0;
+    std::fill(open.begin(), open.end(), FAR);
+    distance[source] = open[source] = 0;
     double end = FAR;
     int64_t last = -1;
     for (;;) {
-      int64_t a = -1;
-      for (int64_t e = 0; e < experts; e++)
-        if (!done[e] && (a < 0 || distance[e] < distance[a])) a = e;
+      const int64_t a = nearest();
       if (a < 0 || distance[a] >= end) break;
-      done[a] = 1;
+      open[a] = FAR;
       if (has_room(a) && distance[a] + price[a] - room_price < end) {
         end = distance[a] + price[a] - room_price;
         last = a;
       }
-      const double so_far = distance[a] + price[a];
-      const double* loss = cost.data() + a * experts;
-      for (int64_t b = 0; b < experts; b++) {
-        // Rounding may leave a cost just below zero.
-        const double there = std::max(so_far + loss[b] - price[b], distance[a]);
-        const bool nearer = !done[b] && there < distance[b];
-        distance[b] = nearer ? there : distance[b];
-        before[b] = nearer ? a : before[b];
+      const __m512d so_far = _mm512_set1_pd(distance[a] + price[a]), nearer_than_a = _mm512_set1_pd(distance[a]);
+      for (int64_t b = 0; b < wide; b += 8) {
+        __m512d there = _mm512_add_pd(so_far, _mm512_loadu_pd(&cost[a * wide + b]));
+        // Rounding may leave a cost just below zero; visited ones then stay as near as they are.
+        there = _mm512_max_pd(_mm512_sub_pd(there, _mm512_loadu_pd(&price[b])), nearer_than_a);
+        const __mmask8 nearer = _mm512_cmp_pd_mask(there, _mm512_loadu_pd(&distance[b]), _CMP_LT_OQ);
+        _mm512_mask_storeu_pd(&distance[b], nearer, there);
+        _mm512_mask_storeu_pd(&open[b], nearer, there);
+        _mm512_mask_storeu_epi64(&before[b], nearer, _mm512_set1_epi64(a));
       }
     }
     for (int64_t e = 0; e < experts; e++) price[e] += std::min(distance[e], end);
@@ -91,16 +110,8 @@ struct Transport {
 
   void solve(int64_t* chosen) {
     for (int64_t source = 0; source < experts; source++)
-      while (int64_t(members[source].size()) > places) {
-        std::vector<int64_t> chain{search(source)};
-        while (chain.back() != source) chain.push_back(before[chain.back()]);
-        for (size_t i = chain.size() - 1; i > 0; i--) {
-          const int64_t a = chain[i], b = chain[i - 1], t = mover[a * experts + b];
-          members[a].erase(std::find(members[a].begin(), members[a].end(), t));
-          members[b].push_back(t);
-        }
-        for (int64_t e : chain) reprice(e);
-      }
+      while (int64_t(members[source].size()) > places)
+        for (int64_t b = search(source); b != source; b = before[b]) move(mover[before[b] * wide + b], before[b], b);
     for (int64_t e = 0; e < experts; e++)
       for (int64_t t : members[e]) chosen[t] = e;
   }

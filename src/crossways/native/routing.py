@@ -173,12 +173,13 @@ Pairs = tuple[Tensor, Tensor, Tensor]
 def mask_pairs(mask_TE: Tensor) -> Pairs:
     """The pairs of a boolean mask."""
     mask_TE = mask_TE.contiguous()
-    (tokens, experts), offsets_E1 = mask_TE.shape, torch.empty(mask_TE.shape[1] + 1, dtype=torch.int64)
-    shape = _at(mask_TE), c_int64(tokens), c_int64(experts)
+    (tokens, experts), parts = mask_TE.shape, torch.get_num_threads()
+    offsets_E1, next_NE = torch.empty(experts + 1, dtype=torch.int64), torch.empty(parts, experts, dtype=torch.int64)
+    shape = _at(mask_TE), c_int64(tokens), c_int64(experts), _at(offsets_E1), _at(next_NE), c_int64(parts)
     native: ctypes.CDLL = library()
-    native.crossways_mask_pairs(*shape, _at(None), _at(None), _at(offsets_E1), _threads())
+    native.crossways_mask_offsets(*shape)
     token_P, expert_P = _room(int(offsets_E1[-1]))
-    native.crossways_mask_pairs(*shape, _at(token_P), _at(expert_P), _at(offsets_E1), _threads())
+    native.crossways_mask_pairs(*shape, _at(token_P), _at(expert_P))
     return token_P, expert_P, offsets_E1
 
 

@@ -21,8 +21,24 @@ int64_t keys_of_row(const float* x, const uint8_t* may, int64_t n, int32_t* keys
   return count;
 }
 
+inline __mmask16 open_lanes(__mmask16 real, const uint8_t* may) {
+  return may ? _mm_mask_test_epi8_mask(real, _mm_maskz_loadu_epi8(real, may), _mm_set1_epi8(-1)) : real;
+}
+
+inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : __mmask16((1u << left) - 1); }
+
 void mark(const float* x, const uint8_t* may, int64_t n, Cut cut, uint8_t* mask) {
-  for (int64_t i = 0; i < n; i++) mask[i] = (!may || may[i]) && takes(cut, key_of(x[i]));
+  const __m512i least = _mm512_set1_epi32(cut.key);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 real = lanes(n - i), open = open_lanes(real, may ? may + i : nullptr);
+    const __m512i keys = keys_of(x + i, real, real);
+    __mmask16 taken = _mm512_mask_cmpgt_epi32_mask(open, keys, least);
+    for (__mmask16 ties = _mm512_mask_cmpeq_epi32_mask(open, keys, least); ties && cut.ties > 0; ties &= ties - 1) {
+      taken |= ties & -ties;
+      cut.ties--;
+    }
+    _mm_mask_storeu_epi8(mask + i, real, _mm_maskz_set1_epi8(taken, 1));
+  }
 }
 
 // One row by all threads: each has a part of it, from keys to mask.
@@ -115,46 +131,81 @@ void crossways_top_of_rows(const float* x, const uint8_t* allowed, const int64_t
   }
 }
 
-// The same for the columns of each group: x (G, N, E), budget and least (G, E). Sixteen columns at a time, so that
-// memory is read in lines.
+// The same for the columns of each group: x (G, N, E), budget and least (G, E). Sixteen columns at a time, one a lane:
+// a histogram each, then the few keys of each column's bin.
 void crossways_top_of_columns(const float* x, const uint8_t* allowed, const int64_t* budget, int64_t groups, int64_t n,
                               int64_t experts, uint8_t* mask, float* least, int64_t threads) {
+  constexpr int BITS = 11;
   const int64_t blocks = (experts + 15) / 16;
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch;
-    std::vector<int32_t> keys(16 * n);
-    int64_t count[16];
+    std::vector<int32_t> keys(16 * n), bins(16 << BITS);
+    std::vector<int32_t> few[16];
 #pragma omp for schedule(dynamic)
     for (int64_t at = 0; at < groups * blocks; at++) {
-      const int64_t g = at / blocks, first = at % blocks * 16, wide = std::min<int64_t>(16, experts - first);
+      const int64_t g = at / blocks, first = at % blocks * 16, column = g * experts + first;
+      const __mmask16 real = lanes(experts - first);
       const float* from = x + g * n * experts + first;
       const uint8_t* may = allowed ? allowed + g * n * experts + first : nullptr;
-      std::fill_n(count, 16, 0);
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t c = 0; c < wide; c++) {
-          keys[c * n + count[c]] = key_of(from[i * experts + c]);
-          count[c] += !may || may[i * experts + c];
+      alignas(64) int32_t bin[16], key[16], ties[16], closed[16];
+      __m512i absent = _mm512_setzero_si512();
+      std::fill(bins.begin(), bins.end(), 0);
+      for (int64_t i = 0; i < n; i++) {
+        const __mmask16 open = open_lanes(real, may ? may + i * experts : nullptr);
+        const __m512i row = _mm512_mask_mov_epi32(_mm512_set1_epi32(NOBODY), open, keys_of(from + i * experts, real, real));
+        absent = _mm512_mask_sub_epi32(absent, __mmask16(~open), absent, _mm512_set1_epi32(-1));
+        _mm512_storeu_si512(&keys[16 * i], row);
+        _mm512_store_si512(bin, _mm512_srai_epi32(row, 32 - BITS));
+        for (int c = 0; c < 16; c++) bins[(c << BITS) + bin[c] + (1 << BITS >> 1)]++;
+      }
+      _mm512_store_si512(closed, absent);
+      int64_t left[16];
+      for (int c = 0; c < 16; c++) {
+        left[c] = real >> c & 1 ? budget[column + c] : 0;
+        few[c].clear();
+        key[c] = left[c] <= 0 ? NOTHING.key : EVERYTHING.key;
+        ties[c] = left[c] <= 0 ? 0 : INT32_MAX;
+        bin[c] = INT32_MIN;  // no key has this bin
+        if (left[c] <= 0 || left[c] >= n - closed[c]) continue;
+        const int32_t* own = &bins[c << BITS];
+        int b = (1 << BITS) - 1;
+        for (; own[b] < left[c]; b--) left[c] -= own[b];
+        bin[c] = b - (1 << BITS >> 1);
+      }
+      const __m512i wanted = _mm512_load_si512(bin);
+      for (int64_t i = 0; i < n; i++) {
+        const __m512i row = _mm512_loadu_si512(&keys[16 * i]);
+        for (__mmask16 here = _mm512_cmpeq_epi32_mask(_mm512_srai_epi32(row, 32 - BITS), wanted); here;
+             here &= here - 1) {
+          const int c = __builtin_ctz(here);
+          few[c].push_back(keys[16 * i + c]);
         }
-      alignas(64) int32_t key[16], ties[16];
-      for (int64_t c = 0; c < 16; c++) {
-        const int64_t column = g * experts + first + c;
-        const Cut cut = c < wide ? cut_of(keys.data() + c * n, count[c], budget[column], scratch) : NOTHING;
-        if (c < wide && least) least[column] = least_of(cut, keys.data() + c * n, count[c]);
-        key[c] = cut.key, ties[c] = int32_t(std::min<int64_t>(cut.ties, INT32_MAX));
+      }
+      for (int c = 0; c < 16; c++) {
+        if (bin[c] == INT32_MIN) continue;
+        // Entries without permission share the lowest bin.
+        few[c].erase(std::remove(few[c].begin(), few[c].end(), NOBODY), few[c].end());
+        const Cut cut = cut_of_few(few[c], left[c]);
+        key[c] = cut.key, ties[c] = int32_t(cut.ties);
+      }
+      for (int c = 0; least && c < 16; c++) {
+        if (!(real >> c & 1)) continue;
+        int32_t lowest = INT32_MAX;
+        bool any = key[c] != NOBODY && ties[c] > 0;
+        for (int64_t i = 0; key[c] == NOBODY && i < n; i++)
+          if (keys[16 * i + c] != NOBODY) lowest = std::min(lowest, keys[16 * i + c]), any = true;
+        least[column + c] = !any ? std::numeric_limits<float>::quiet_NaN() : float_of(key[c] == NOBODY ? lowest : key[c]);
       }
       if (!mask) continue;
       uint8_t* to = mask + g * n * experts + first;
-      const __m512i cuts = _mm512_load_si512(key), one = _mm512_set1_epi32(1);
-      const __mmask16 real = __mmask16((1u << wide) - 1);
-      __m512i left = _mm512_load_si512(ties);
+      const __m512i cuts = _mm512_load_si512(key), none = _mm512_set1_epi32(NOBODY);
+      __m512i room = _mm512_load_si512(ties);
       for (int64_t i = 0; i < n; i++) {
-        const __mmask16 open =
-            may ? _mm_mask_test_epi8_mask(real, _mm_maskz_loadu_epi8(real, may + i * experts), _mm_set1_epi8(-1)) : real;
-        const __m512i row = keys_of(from + i * experts, real, real);
-        const __mmask16 tie = _mm512_mask_cmpgt_epi32_mask(_mm512_mask_cmpeq_epi32_mask(open, row, cuts), left,
+        const __m512i row = _mm512_loadu_si512(&keys[16 * i]);
+        const __mmask16 open = _mm512_cmpneq_epi32_mask(row, none);
+        const __mmask16 tie = _mm512_mask_cmpgt_epi32_mask(_mm512_mask_cmpeq_epi32_mask(open, row, cuts), room,
                                                            _mm512_setzero_si512());
-        left = _mm512_mask_sub_epi32(left, tie, left, one);
+        room = _mm512_mask_sub_epi32(room, tie, room, _mm512_set1_epi32(1));
         const __mmask16 taken = _mm512_mask_cmpgt_epi32_mask(open, row, cuts) | tie;
         _mm_mask_storeu_epi8(to + i * experts, real, _mm_maskz_set1_epi8(taken, 1));
       }
@@ -173,10 +224,8 @@ void crossways_top_k(const float* x, const uint8_t* allowed, int64_t rows, int64
 #pragma omp for
     for (int64_t t = 0; t < rows; t++) {
       for (int64_t b = 0; b < blocks; b++) {
-        const __mmask16 real = b * 16 + 16 <= n ? 0xffff : __mmask16((1u << (n - b * 16)) - 1);
-        const uint8_t* may = allowed ? allowed + t * n + b * 16 : nullptr;
-        const __mmask16 open =
-            may ? _mm_mask_test_epi8_mask(real, _mm_maskz_loadu_epi8(real, may), _mm_set1_epi8(-1)) : real;
+        const __mmask16 real = lanes(n - b * 16);
+        const __mmask16 open = open_lanes(real, allowed ? allowed + t * n + b * 16 : nullptr);
         keys[b] = keys_of(x + t * n + b * 16, real, open);
       }
       for (int64_t j = 0; j < k; j++) {
@@ -200,36 +249,44 @@ void crossways_within_groups(const float* x, const uint8_t* allowed, int64_t row
                              int64_t best, int64_t kept, uint8_t* within, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<int32_t> top(best), score(groups);
+    const int64_t n = groups * size;
+    std::vector<int32_t> keys((n + 15) / 16 * 16), top(best), score(groups);
 #pragma omp for
     for (int64_t t = 0; t < rows; t++) {
+      const uint8_t* may = allowed ? allowed + t * n : nullptr;
+      for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 real = lanes(n - i), open = open_lanes(real, may ? may + i : nullptr);
+        const __m512i found = keys_of(x + t * n + i, real, real);
+        _mm512_storeu_si512(&keys[i], _mm512_mask_mov_epi32(_mm512_set1_epi32(NOBODY), open, found));
+      }
       for (int64_t g = 0; g < groups; g++) {
-        const int64_t first = (t * groups + g) * size;
-        std::fill(top.begin(), top.end(), NOBODY);
-        bool any = !allowed;
-        for (int64_t i = 0; i < size; i++) {
-          const bool open = !allowed || allowed[first + i];
-          any |= open;
-          int32_t key = open ? key_of(x[first + i]) : NOBODY;
-          for (int64_t b = 0; b < best; b++) {
-            const int32_t more = std::max(top[b], key);
-            key = std::min(top[b], key), top[b] = more;
+        const int32_t* key = &keys[g * size];
+        if (best == 2) {
+          int32_t first = NOBODY, second = NOBODY;
+          for (int64_t i = 0; i < size; i++) {
+            second = std::max(second, std::min(first, key[i]));
+            first = std::max(first, key[i]);
           }
+          top[0] = first, top[1] = second;
+        } else {
+          std::partial_sort_copy(key, key + size, top.begin(), top.end(), std::greater<int32_t>());
         }
         float sum = 0;
-        for (int64_t b = 0; b < best; b++) {
-          const float value = top[b] == NOBODY ? 0 : float_of(top[b]);
+        for (int32_t one : top) {
+          const float value = one == NOBODY ? 0 : float_of(one);
           sum += value == -std::numeric_limits<float>::infinity() ? 0 : value;
         }
-        score[g] = any ? key_of(sum) : NOBODY + 1;
+        score[g] = top[0] == NOBODY ? NOBODY + 1 : key_of(sum);
       }
-      std::memset(within + t * groups * size, 0, groups * size);
+      std::memset(within + t * n, 0, n);
       for (int64_t j = 0; j < kept; j++) {
         const int64_t g = std::max_element(score.begin(), score.end()) - score.begin();
         score[g] = NOBODY;
-        uint8_t* to = within + (t * groups + g) * size;
-        const uint8_t* may = allowed ? allowed + (t * groups + g) * size : nullptr;
-        for (int64_t i = 0; i < size; i++) to[i] = !may || may[i];
+        uint8_t* to = within + t * n + g * size;
+        if (may)
+          std::copy_n(may + g * size, size, to);
+        else
+          std::memset(to, 1, size);
       }
     }
   }
