@@ -115,6 +115,13 @@ class Assignment:
         """
         if most is not None and _counting_waits(mask_TE):
             return cls.from_bounded_mask(mask_TE, weight_TE, most)
+        return cls._from_counted_mask(mask_TE, weight_TE)
+
+    @classmethod
+    @torch.compiler.disable(
+        reason="the selection may choose any number of pairs, and a graph needs a bound; with a cap it is one graph"
+    )
+    def _from_counted_mask(cls, mask_TE: Tensor, weight_TE: Tensor) -> Assignment:
         if routing.fits(mask_TE):
             token_P, expert_P, offsets_E1 = routing.mask_pairs(mask_TE)
         else:

@@ -62,6 +62,7 @@ class Base(Selection):
     def decode_twin(self) -> TopK:
         return TopK(1)
 
+    @torch.compiler.disable(reason="the selection base solves its assignment problem on the CPU")
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         groups = choice_BSE.shape[0] if self.group == "sequence" else 1
         valid_T = valid_tokens(allowed_BSE, choice_BSE).flatten().cpu()
