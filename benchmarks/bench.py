@@ -76,7 +76,7 @@ def cases_of(section: str, options: argparse.Namespace) -> list[Case]:
         shape, tokens = GROWTH
         return [case_of(shape, count) for count in (tokens[:3] if options.quick else tokens)]
     if section == "routing":
-        return [case_of("512/256/64/8", 8192)]
+        return [case_of("512/256/64/8", 2048 if options.quick else 8192)]
     many = [case_of(shape, tokens) for shape, tokens in MANY[options.device]]
     hostile = [case_of(*one) for one in HOSTILE]
     if not options.quick:

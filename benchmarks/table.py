@@ -67,7 +67,8 @@ class Store:
         """For the next run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": self._key(job), "rows": [asdict(row) for row in rows]}) + "\n")
+            # On a line of its own, whatever a killed run left.
+            file.write("\n" + json.dumps({"key": self._key(job), "rows": [asdict(row) for row in rows]}) + "\n")
 
 
 def _entry(line: str) -> dict:

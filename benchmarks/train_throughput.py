@@ -55,7 +55,7 @@ BATCHED_LIMIT = 2**31
 class Contender:
     """A model with its optimiser, ready to take training steps."""
 
-    def __init__(self, model: PreTrainedModel, dtype: str, device: str) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: str, device: str = "cpu") -> None:
         self.model = model.to(device, getattr(torch, dtype)).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.clock = clock_of(device)
