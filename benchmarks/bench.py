@@ -81,7 +81,8 @@ def cases_of(section: str, options: argparse.Namespace) -> list[Case]:
     hostile = [case_of(*one) for one in HOSTILE]
     if not options.quick:
         return many + hostile
-    return [case for case in many if case.tokens == 4096 and case.width <= 512] + hostile[:1] + hostile[3:4]
+    shapes = dict.fromkeys(shape for shape, _ in MANY[options.device])
+    return [case_of(shape, 2048) for shape in list(shapes)[:3]] + hostile[:1] + [case_of("512/256/64/8", 1024, "hot")]
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Sequence, Sequence, Sequence]:

@@ -186,9 +186,8 @@ def top_of_columns(choice_GNE: Tensor, allowed_GNE: Tensor | None, budget_GE: Te
     if routing.fits(choice_GNE, allowed_GNE):
         return routing.top_of_columns(choice_GNE, allowed_GNE, budget_GE)
     groups, tokens, num_experts = choice_GNE.shape
-    choice_GN, allowed_GN = (
-        None if x_GNE is None else x_GNE.transpose(1, 2).flatten(0, 1) for x_GNE in (choice_GNE, allowed_GNE)
-    )
+    choice_GN = choice_GNE.transpose(1, 2).flatten(0, 1)
+    allowed_GN = None if allowed_GNE is None else allowed_GNE.transpose(1, 2).flatten(0, 1)
     mask_GN = top_of_groups(choice_GN, allowed_GN, budget_GE.flatten(), most)
     return mask_GN.view(groups, num_experts, tokens).transpose(1, 2)
 
