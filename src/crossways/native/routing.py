@@ -20,10 +20,14 @@ _SMALL = 4096
 def fits(*tensors: Tensor | None) -> bool:
     """Whether to use these functions: for CPU tensors large enough that it matters, where the C++ parts exist. They
     compare in float32, so not for float64."""
+    return solves(*tensors) and all(tensor is None or tensor.dtype != torch.float64 for tensor in tensors)
+
+
+def solves(*tensors: Tensor | None) -> bool:
+    """The same for `balanced`, which computes in float64."""
     given = [tensor for tensor in tensors if tensor is not None]
     return (
         all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in given)
-        and all(tensor.dtype != torch.float64 for tensor in given)
         and max(tensor.numel() for tensor in given) >= _SMALL
         and not torch.compiler.is_compiling()
         and why_not_native() is None

@@ -91,7 +91,7 @@ def balanced_experts(gain_NE: Tensor, starts_G1: Tensor, allowed_NE: Tensor | No
         int64 (N,).
     """
     gain_NE = _finite(gain_NE.double(), allowed_NE)
-    if routing.fits(gain_NE):
+    if routing.solves(gain_NE):
         return routing.balanced(gain_NE, starts_G1)
     groups = [gain_NE[first:end] for first, end in pairwise(starts_G1.tolist())]
     return torch.cat([_solved(group_NE) for group_NE in groups] or [starts_G1[:0]])
