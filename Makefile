@@ -55,11 +55,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One table; finished rows are kept in runs/bench. Fewer cases: make bench BENCH=--quick
+BENCH ?=
+
 bench: $(STAMP)
-	$(BIN)/python benchmarks/experts.py
-	$(BIN)/python benchmarks/routing.py
-	$(BIN)/python benchmarks/gpu_experts.py
-	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 docs: $(STAMP)
 	$(BIN)/python -c "from pathlib import Path; from crossways.study.reference import recipe_reference as text; \

@@ -1,248 +1,171 @@
-"""Expert compute: ours and transformers' implementations beside a dense network of the same active size, in one run.
+"""Rows of expert compute: with many tokens beside a dense network of the same active size, with few beside the rate
+at which the machine reads memory, and how cost grows with the number of tokens.
 
-    python benchmarks/experts.py [--shape D/F/E/k/T ...] [--dtype float32 bfloat16] [--few D/F/E/k ...] [--seconds 8]
-
-Every contender is first compared with `naive`, output and gradients. Then all run in turn, again and again; each time
-is divided by the dense network's of the same round, and a cell holds the median of these ratios and half their
-interquartile range, forward and forward+backward. Making the assignment from top-k indices is part of every time, as
-sorting is in transformers' functions. The second table is generation: few tokens, where reading the weights is the
-limit; a cell holds the bytes of the touched experts' weights per second over what the machine reads at best.
-
-Legend: T tokens, D model width, F expert width, E experts, K experts per token.
+Every contender is first compared with `naive`, output and gradients; who is wrong is not timed. Then all run in turn,
+again and again; each time is divided by the dense network's of the same round. Making the assignment from top-k
+indices is part of every time, as sorting is in transformers' functions.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
-from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from crossways.assignment import Assignment
-from crossways.experts import Activation, compute_experts, resolve_backend, why_not
-from measure import Times, head, in_turn, line, peak_bandwidth, peak_flops, ratio
+from contenders import DENSE, OURS, PEERS, make, right
+from crossways.experts import resolve_backend
+from measure import Times, clock_of, in_turn, peak_bandwidth, peak_flops, ratio
+from problems import Case, Contender, Problem, build
+from table import Job, Row
 
-SHAPES = (
-    *(
-        f"{shape}/{tokens}"
-        for shape in ("512/512/16/2", "512/256/64/8", "256/256/16/2")
-        for tokens in (512, 4096, 16384)
-    ),
-    *(f"1024/512/64/8/{tokens}" for tokens in (512, 4096)),
-    *(f"2048/1024/64/8/{tokens}" for tokens in (512, 2048)),
-    "512/256/256/8/2048",
-    "500/250/30/3/1000",
-)
-FEW = ("512/256/64/8", "1024/512/64/8", "2048/1024/32/4")
-FEW_TOKENS = (1, 4, 16, 64)
-OURS = ("fused", "loop", "grouped_mm")
-PEERS = ("grouped_mm", "eager", "batched_mm")
-BATCHED_LIMIT = 2**30
-"""`batched_mm` copies an expert's weights for every pair; it is left out where that takes more bytes than this."""
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+PASSES = ("forward", "forward+backward")
 
 
 @dataclass
-class Problem:
-    """Inputs of one shape, and the contenders by name."""
+class Machine:
+    """What the machine can do at best, measured when first asked for."""
 
-    leaves: list[Tensor]
-    grad_TD: Tensor
-    contenders: dict[str, Callable[[], Tensor]]
-    flops: float
-    """Of the dense network's forward pass."""
-    touched: int
-    """Bytes of the weights of all experts that have a token."""
+    device: str
+    flops: dict[str, float] = field(default_factory=dict)
+    bandwidth: float = 0.0
 
+    def flops_in(self, dtype: str) -> float:
+        """FLOP/s of matrix products."""
+        if dtype not in self.flops:
+            self.flops[dtype] = peak_flops(getattr(torch, dtype), self.device)
+        return self.flops[dtype]
 
-def build(shape: str, dtype: torch.dtype, few: bool = False) -> Problem:
-    """Random inputs and weights; routing by top-k of random logits."""
-    width, expert_width, experts, k, tokens = map(int, shape.split("/"))
-    generator = torch.Generator().manual_seed(0)
+    def bytes_per_second(self) -> float:
+        """Of reading memory."""
+        self.bandwidth = self.bandwidth or peak_bandwidth(self.device)
+        return self.bandwidth
 
-    def random(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(size, generator=generator) * scale).to(dtype).requires_grad_()
-
-    x_TD = random(tokens, width)
-    up_EHD = random(experts, 2 * expert_width, width, scale=width**-0.5)
-    down_EDF = random(experts, width, expert_width, scale=expert_width**-0.5)
-    dense_up = random(2 * expert_width * k, width, scale=width**-0.5)
-    dense_down = random(width, expert_width * k, scale=(expert_width * k) ** -0.5)
-    weight_TK, index_TK = torch.randn(tokens, experts, generator=generator).softmax(-1).topk(k)
-    weight_TK = weight_TK.detach().to(dtype).requires_grad_()
-
-    def dense() -> Tensor:
-        gate, up = functional.linear(x_TD, dense_up).chunk(2, -1)
-        return functional.linear(functional.silu(gate) * up, dense_down)
-
-    def ours(backend: str) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            assignment = Assignment.from_topk(index_TK, weight_TK, experts)
-            return compute_experts(x_TD, assignment, up_EHD, down_EDF, Activation("swiglu"), backend)
-
-        return run
-
-    module = _peer_module(width, expert_width, experts, up_EHD, down_EDF)
-    contenders = {"dense": dense, "naive": ours("naive")}
-    contenders |= {name: ours(name) for name in OURS if _runs(name, dtype, width, expert_width)}
-    for peer in PEERS:
-        bytes_copied = tokens * k * up_EHD[0].numel() * up_EHD.element_size()
-        aligned = peer != "grouped_mm" or _runs(peer, dtype, width, expert_width)
-        if aligned and (peer != "batched_mm" or bytes_copied < BATCHED_LIMIT):
-            contenders[f"transformers:{peer}"] = _peer(peer, module, x_TD, index_TK, weight_TK)
-    return Problem(
-        leaves=[x_TD, up_EHD, down_EDF, weight_TK, dense_up, dense_down],
-        grad_TD=torch.randn(tokens, width, generator=generator).to(dtype),
-        contenders=contenders,
-        flops=6.0 * tokens * k * width * expert_width,
-        touched=len(index_TK.unique()) * (up_EHD[0].numel() + down_EDF[0].numel()) * up_EHD.element_size(),
-    )
+    def row(self, dtypes: Sequence[str]) -> list[Row]:
+        """The peaks as rows of the table."""
+        rows = [
+            Row("peak", "matrix product", name, {"bound": f"{self.flops_in(name) / 1e9:.0f} GFLOP/s"})
+            for name in dtypes
+        ]
+        return [*rows, Row("peak", "reading", "bytes", {"bound": f"{self.bytes_per_second() / 1e9:.1f} GB/s"})]
 
 
-def _runs(name: str, dtype: torch.dtype, width: int, expert_width: int) -> bool:
-    if name == "grouped_mm" and any(size * dtype.itemsize % 16 for size in (width, expert_width)):
-        return False
-    return why_not(name, torch.device("cpu"), dtype) is None
+def everybody(device: str) -> tuple[str, ...]:
+    """Names of all contenders but the dense network."""
+    return (*OURS[device], *PEERS[device])
 
 
-def _peer_module(width: int, expert_width: int, experts: int, up_EHD: Tensor, down_EDF: Tensor) -> OlmoeExperts:
-    config = OlmoeConfig(hidden_size=width, intermediate_size=expert_width, num_experts=experts)
-    with torch.device("meta"):
-        module = OlmoeExperts(config)
-    # Not parameters: the very tensors of the other contenders, so that gradients land in the same place.
-    del module.gate_up_proj, module.down_proj
-    module.gate_up_proj, module.down_proj = up_EHD, down_EDF
-    return module
+def timed(problem: Problem, contenders: dict[str, Contender], seconds: float, backward: bool) -> Times:
+    """Seconds of each contender, round by round."""
+
+    def one(contender: Contender) -> Callable[[], None]:
+        return lambda: problem.step(contender, backward)
+
+    runs = {name: one(contender) for name, contender in contenders.items()}
+    return in_turn(runs, seconds, warm=1 + (problem.device == "cuda"), clock=clock_of(problem.device))
 
 
-def _peer(name: str, module: OlmoeExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Callable[[], Tensor]:
-    if name == "eager":
-        eager = OlmoeExperts.forward.__wrapped__
-        return lambda: eager(module, x_TD, index_TK, weight_TK)
-    return lambda: ALL_EXPERTS_FUNCTIONS[name](module, x_TD, index_TK, weight_TK)
+def against_dense(case: Case, dtype: str, device: str, seconds: float, machine: Machine) -> list[Row]:
+    """Two rows, forward and forward+backward: time / dense of everybody."""
+    problem = build(case, getattr(torch, dtype), device)
+    taking_part, errors, left_out = right(problem, everybody(device))
+    problem.reference.clear()
+    mine = resolve_backend("auto", device, problem.dtype)
+    worst = f"{errors[mine]:.0e}" if mine in errors else "-"
+    rows = []
+    for backward, what in enumerate(PASSES):
+        times = timed(problem, taking_part, seconds, bool(backward))
+        dense = statistics.median(times[DENSE])
+        share = case.flops * (1, 3)[backward] / dense / machine.flops_in(dtype)
+        bound = f"{1e3 * dense:.1f} ms, {share:.2f} of peak"
+        if device == "cuda":
+            bound += f", {peak_memory(problem, taking_part[DENSE]):.2f} GB"
+        cells = {"bound": bound, "error": worst, "best peer / ours": best_peer(times, mine, device)}
+        for name in times.keys() - {DENSE}:
+            cells[name] = ratio(times[name], times[DENSE])
+            if device == "cuda" and backward:
+                cells[name] += f", {peak_memory(problem, taking_part[name]):.2f} GB"
+        rows.append(Row(what, str(case), dtype, cells, left_out))
+    return rows
 
 
-def check(problem: Problem, tolerance: float) -> None:
-    """Compare every contender's output and gradients with naive's.
-
-    Raises:
-        RuntimeError: when one differs by more than `tolerance` in relative RMS.
-    """
-    reference = _results(problem, "naive")
-    for name in problem.contenders.keys() - {"dense", "naive"}:
-        for actual, expected in zip(_results(problem, name), reference, strict=True):
-            error = ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
-            if not error <= tolerance:
-                raise RuntimeError(f"{name} differs from naive by {error:.1e}; not timing a wrong result")
-
-
-def _results(problem: Problem, name: str) -> list[Tensor]:
-    y_TD = problem.contenders[name]()
-    return [y_TD.detach(), *torch.autograd.grad(y_TD, problem.leaves[:4], problem.grad_TD)]
-
-
-def measure(problem: Problem, seconds: float, backward: bool) -> Times:
-    """Seconds of each contender but `naive`, round by round."""
-
-    def forget() -> None:
-        for leaf in problem.leaves:
-            leaf.grad = None
-
-    def one(run: Callable[[], Tensor]) -> Callable[[], None]:
-        def step() -> None:
-            if backward:
-                run().backward(problem.grad_TD)
-            else:
-                with torch.no_grad():
-                    run()
-
-        return step
-
-    contenders = {name: one(run) for name, run in problem.contenders.items() if name != "naive"}
-    return in_turn(contenders, seconds, after=forget)
-
-
-def _cell(name: str, passes: list[Times]) -> str:
-    if name not in passes[0]:
+def best_peer(times: Times, mine: str, device: str) -> str:
+    """How many times faster than the fastest peer; a dash without peers."""
+    peers = [name for name in PEERS[device] if name in times]
+    if not peers or mine not in times:
         return "-"
-    return ", ".join(ratio(times[name], times["dense"]) for times in passes)
+    fastest = min(peers, key=lambda name: statistics.median(times[name]))
+    return ratio(times[fastest], times[mine])
 
 
-def _against_peers(passes: list[Times], ours: str) -> str:
-    """How many times faster than the fastest of transformers' implementations."""
-    cells = []
-    for times in passes:
-        peers = [name for name in times if name.startswith("transformers:")]
-        fastest = min(peers, key=lambda name: statistics.median(times[name]))
-        cells.append(ratio(times[fastest], times[ours]))
-    return ", ".join(cells)
+def peak_memory(problem: Problem, contender: Contender) -> float:
+    """GB that forward and backward take beyond what is there before, on a CUDA device."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    problem.step(contender, backward=True)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
-def compare(shapes: list[str], dtypes: list[str], seconds: float) -> None:
-    """The first table."""
-    names = [*OURS, *(f"transformers:{peer}" for peer in PEERS)]
-    columns = ["D/F/E/k/T", "dtype", "dense ms", "dense / peak", *names, "transformers' best / ours"]
-    peaks = {name: peak_flops(getattr(torch, name)) for name in dtypes}
-    for name, peak in peaks.items():
-        print(f"best matrix product in {name}: {peak / 1e9:.0f} GFLOP/s", flush=True)
-    head(f"Time / dense, forward, forward+backward; {torch.get_num_threads()} threads", columns)
-    for shape in shapes:
-        for dtype_name in dtypes:
-            dtype = getattr(torch, dtype_name)
-            problem = build(shape, dtype)
-            check(problem, TOLERANCE[dtype])
-            passes = [measure(problem, seconds, backward) for backward in (False, True)]
-            dense = [statistics.median(times["dense"]) for times in passes]
-            share = [
-                f"{problem.flops * (1, 3)[i] / seconds / peaks[dtype_name]:.2f}" for i, seconds in enumerate(dense)
-            ]
-            line([
-                shape, dtype_name, ", ".join(f"{1e3 * one:.1f}" for one in dense), ", ".join(share),
-                *(_cell(name, passes) for name in names),
-                _against_peers(passes, resolve_backend("auto", "cpu", dtype)),
-            ])  # fmt: skip
+def few_tokens(case: Case, dtype: str, device: str, seconds: float, machine: Machine) -> list[Row]:
+    """One row: bytes of the touched experts' matrices per second over the best reading rate."""
+    problem = build(case, getattr(torch, dtype), device)
+    taking_part, errors, left_out = right(problem, everybody(device))
+    times = timed(problem, taking_part, seconds / 2, backward=False)
+    mine = resolve_backend("auto", device, problem.dtype)
+    full = problem.touched / machine.bytes_per_second()
+    cells = {name: ratio([full] * len(spent), spent) for name, spent in times.items() if name != DENSE}
+    cells["bound"] = f"{1e3 * full:.2f} ms to read {problem.touched / 1e6:.0f} MB"
+    cells["best peer / ours"] = best_peer(times, mine, device)
+    cells["error"] = f"{errors[mine]:.0e}" if mine in errors else "-"
+    return [Row("few tokens", str(case), dtype, cells, left_out)]
 
 
-def compare_few(shapes: list[str], dtypes: list[str], seconds: float) -> None:
-    """The second table."""
-    bandwidth = peak_bandwidth()
-    print(f"\nbest reading rate: {bandwidth / 1e9:.1f} GB/s", flush=True)
-    names = [*OURS, *(f"transformers:{peer}" for peer in PEERS)]
-    head("Touched weights per second / best reading rate, forward", ["D/F/E/k/T", "dtype", "MB touched", *names])
-    for shape in shapes:
-        for dtype_name in dtypes:
-            for tokens in FEW_TOKENS:
-                problem = build(f"{shape}/{tokens}", getattr(torch, dtype_name))
-                check(problem, TOLERANCE[getattr(torch, dtype_name)])
-                times = measure(problem, seconds / 4, backward=False)
-                rates = {
-                    name: problem.touched / statistics.median(spent) / bandwidth for name, spent in times.items()
-                }
-                cells = [f"{rates[name]:.2f}" if name in rates else "-" for name in names]
-                line([f"{shape}/{tokens}", dtype_name, f"{problem.touched / 1e6:.0f}", *cells])
+def growth(cases: Sequence[Case], dtype: str, device: str, seconds: float) -> list[Row]:
+    """A row for each number of tokens: forward+backward time per token of ours over that at the number before; 1 is
+    linear growth. The bound is the dense network's."""
+    mine = resolve_backend("auto", device, getattr(torch, dtype))
+    problems = [build(case, getattr(torch, dtype), device) for case in cases]
+    wrong = {}
+    for problem in problems[:2]:  # the larger ones are the same code on more rows
+        _, _, left_out = right(problem, (mine,))
+        wrong |= left_out
+        problem.reference.clear()
+    runs: dict[str, Callable[[], None]] = {}
+    for problem in problems:
+        for name in (DENSE, mine):
+            contender = make(problem, name)
+            runs[f"{name} {problem.case.tokens}"] = lambda p=problem, c=contender: p.step(c, True)
+    times = in_turn(runs, seconds * len(cases), slow=float("inf"), warm=1, clock=clock_of(device))
+    rows = []
+    for before, after in itertools.pairwise(cases):
+        scale = before.tokens / after.tokens
+        per_token = {
+            name: ratio([scale * one for one in times[f"{name} {after.tokens}"]], times[f"{name} {before.tokens}"])
+            for name in (DENSE, mine)
+        }
+        cells = {"bound": f"dense {per_token[DENSE]}", mine: per_token[mine]}
+        rows.append(Row("growth per token", f"{after} / {before.tokens}", dtype, cells, wrong))
+    return rows
 
 
-def main() -> None:
-    """Check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="*", default=SHAPES, metavar="D/F/E/k/T")
-    parser.add_argument("--few", nargs="*", default=FEW, metavar="D/F/E/k")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each shape, dtype and pass, about")
-    arguments = parser.parse_args()
-    for name in arguments.dtype:
-        if reason := why_not("fused", torch.device("cpu"), getattr(torch, name)):
-            print(f"fused is missing in {name}: {reason}")
-    compare(arguments.shape, arguments.dtype, arguments.seconds)
-    compare_few(arguments.few, arguments.dtype, arguments.seconds)
-
-
-if __name__ == "__main__":
-    main()
+def jobs(
+    section: str,
+    cases: Sequence[Case],
+    dtypes: Sequence[str],
+    device: str,
+    seconds: float,
+    machine: Machine,
+) -> Iterator[Job]:
+    """Jobs of the sections `experts`, `few` and `growth`."""
+    if section == "growth":
+        named = f"{cases[0]} to {cases[-1].tokens}"
+        yield from (Job(section, named, dtype, partial(growth, cases, dtype, device, seconds)) for dtype in dtypes)
+        return
+    measure = {"experts": against_dense, "few": few_tokens}[section]
+    for case, dtype in itertools.product(cases, dtypes):
+        yield Job(section, str(case), dtype, partial(measure, case, dtype, device, seconds, machine))

@@ -9,26 +9,58 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 Times = dict[str, list[float]]
+Clock = Callable[[Callable[[], object]], float]
+"""Runs something once and says how many seconds that took."""
+
+
+def wall_clock(run: Callable[[], object]) -> float:
+    """Seconds by the host's clock."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def device_clock(run: Callable[[], object]) -> float:
+    """Seconds by the CUDA device's clock."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def clock_of(device: str) -> Clock:
+    """The one to use for work on a device."""
+    return device_clock if device == "cuda" else wall_clock
 
 
 def in_turn(
     contenders: Mapping[str, Callable[[], object]],
     seconds: float,
     least: int = 3,
-    most: int = 15,
+    most: int = 60,
+    warm: int = 2,
     after: Callable[[], object] = lambda: None,
+    slow: float = 8.0,
+    clock: Clock = wall_clock,
 ) -> Times:
-    """Seconds of each contender, round by round, all of them in every round, after two rounds that do not count.
+    """Seconds of each contender, round by round, all of them in every round, after rounds that do not count.
 
     Args:
-        contenders: what to time.
+        contenders: what to time; the first is what the others are compared with.
         seconds: take as many rounds as fit into this, within `least` and `most`.
         least: rounds at least.
         most: rounds at most.
+        warm: rounds that do not count, at least 1.
         after: called after each, outside the time.
+        slow: who takes more than so many times the first contender's time while warming up, and more than a tenth of
+            `seconds`, is not run again and has that one time alone.
+        clock: how to time.
     """
     times: Times = {name: [] for name in contenders}
-    warm, started = 2, 0.0
+    given_up: Times = {}
+    started = 0.0
     for done in range(warm + most):
         if done == warm - 1:
             started = time.perf_counter()  # one round as a sample of what a round takes
@@ -36,44 +68,40 @@ def in_turn(
             passed = time.perf_counter() - started
             if passed * (done + 1) / (done - warm + 1) > seconds:
                 break
+        first = 0.0
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            elapsed = time.perf_counter() - start
+            if name in given_up:
+                continue
+            elapsed = clock(run)
             after()
-            if done >= warm:
+            first = first or elapsed
+            if done < warm and elapsed > max(slow * first, seconds / 10):
+                given_up[name] = [elapsed]
+            elif done >= warm:
                 times[name].append(elapsed)
-    return times
+    return times | given_up
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Median of the round-by-round ratios, and half their interquartile range."""
+    """Median of the round-by-round ratios, and half their interquartile range; of one that was run once, its ratio to
+    the other's median, said to be such."""
+    if min(len(ours), len(theirs)) == 1:
+        return f"{statistics.median(ours) / statistics.median(theirs):.1f} once"
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.2f}±{(high - low) / 2:.2f}"
 
 
-def peak_flops(dtype: torch.dtype, size: int = 3072) -> float:
+def peak_flops(dtype: torch.dtype, device: str = "cpu") -> float:
     """FLOP/s of this machine's best square matrix product."""
-    a, b = torch.rand(size, size).to(dtype), torch.rand(size, size).to(dtype)
+    size = 3072 if device == "cpu" else 8192
+    a, b = torch.rand(size, size, device=device).to(dtype), torch.rand(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
-    times = in_turn({"mm": lambda: torch.mm(a, b, out=out)}, seconds=3.0)["mm"]
+    times = in_turn({"mm": lambda: torch.mm(a, b, out=out)}, seconds=2.0, clock=clock_of(device))["mm"]
     return 2 * size**3 / min(times)
 
 
-def peak_bandwidth(mebibytes: int = 512) -> float:
+def peak_bandwidth(device: str = "cpu", mebibytes: int = 512) -> float:
     """Bytes per second at which this machine sums a large tensor."""
-    x = torch.zeros(mebibytes * 2**18)
-    return 4 * x.numel() / min(in_turn({"sum": x.sum}, seconds=3.0)["sum"])
-
-
-def line(cells: Sequence[object]) -> None:
-    """Print one row of a Markdown table at once, so that a run can be watched and what it printed be kept."""
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-
-
-def head(title: str, columns: Sequence[str]) -> None:
-    """Print a table's title and its head."""
-    print(f"\n{title}\n", flush=True)
-    line(columns)
-    line(["---"] * len(columns))
+    x = torch.zeros(mebibytes * 2**18, device=device)
+    return 4 * x.numel() / min(in_turn({"sum": x.sum}, seconds=2.0, clock=clock_of(device))["sum"])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from crossways.calibrate import CalibrationReport, calibrate
-from crossways.commands.calibrate import documents_batches
+from crossways.evaluation.documents import documents_batches
 from crossways.evaluation.evaluate import evaluate_model
 from crossways.evaluation.settings import EvaluationSettings
 from crossways.methods import find_method, method_config, methods, reference_sizes

@@ -1,27 +1,34 @@
-"""What routing costs: every selection rule beside the expert compute that it feeds, in one run.
+"""Rows of routing: every selection rule, from scores to assignment, beside the experts that it feeds.
 
-    python benchmarks/routing.py [--shape D/F/E/k/T] [--dtype float32 bfloat16] [--seconds 4]
+A cell is the rule's time over the time of the layer's experts under the assignment that the rule made, forward and
+forward+backward; the latter has the gradient from the pairs' weights back to the scores and, as in training, the
+estimate of the decode twin's cutoff. The rule's fast path is first held to its plain PyTorch path: the same pairs and
+gradients. BASE, which is solved another way, is held to scipy's optimum by its own tests.
 
-A cell is the rule's time, from scores to assignment, over the time of the forward pass of the layer's experts under
-the assignment that the rule made. Training adds the estimate of the decode twin's cutoff, in the last column.
-
-Legend: B rows, S tokens of a row, E experts, D model width, F expert width.
+Legend: B rows, S tokens of a row, E experts, D model width, F expert width, P pairs.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from unittest import mock
 
 import torch
+from torch import Tensor
 
-from crossways.experts import Activation, compute_experts
+from crossways.assignment import Assignment
+from crossways.experts import Activation, compute_experts, resolve_backend
+from crossways.native import routing as native
 from crossways.rules.select import (
     Base,
     Capacity,
     ExpertChoice,
     GroupLimited,
     Positive,
+    SampledTopK,
     Selection,
     Sinkhorn,
     Threshold,
@@ -29,75 +36,146 @@ from crossways.rules.select import (
     TopK,
     TopP,
 )
-from measure import head, in_turn, line, ratio
+from measure import clock_of, in_turn, ratio
+from problems import Case
+from table import Job, Row
 
 
-def rules(k: int, experts: int) -> list[Selection]:
-    """Every rule that can spend about k experts a token."""
-    chosen: list[Selection] = [
-        TopK(k=k),
-        TopC(k=k),
-        TopC(k=k, group="batch"),
-        TopC(k=k, group="position"),
-        ExpertChoice(k=k),
-        ExpertChoice(k=k, group="batch"),
-        TopP(p=0.5, cap=2 * k),
-        Capacity(k=k),
-        Capacity(k=k, order="score"),
-        Positive(),
-        Threshold(value=1.5 / experts),
-        Sinkhorn(k=k),
-        Base(),
-    ]
+def rules(k: int, experts: int) -> dict[str, Selection]:
+    """Every rule that can spend about k experts a token, by a short name."""
+    found: dict[str, Selection] = {
+        "top-k": TopK(k=k),
+        "sampled top-k": SampledTopK(k=k),
+        "top-c": TopC(k=k),
+        "top-c, batch": TopC(k=k, group="batch"),
+        "top-c, position": TopC(k=k, group="position"),
+        "expert choice": ExpertChoice(k=k),
+        "expert choice, batch": ExpertChoice(k=k, group="batch"),
+        "top-p": TopP(p=0.5, cap=min(2 * k, experts)),
+        "capacity": Capacity(k=k),
+        "capacity, score": Capacity(k=k, order="score"),
+        "positive": Positive(),
+        "threshold": Threshold(value=1.5 / experts),
+        "sinkhorn": Sinkhorn(k=k),
+        "sinkhorn, k = 1": Sinkhorn(k=1),
+        "base": Base(),
+    }
     if experts % 8 == 0 and k <= experts // 2:
-        chosen.append(GroupLimited(k=k))
-    return chosen
+        found["group-limited"] = GroupLimited(k=k)
+    return found
 
 
-def main() -> None:
-    """Measure, print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="512/256/64/8/8192", metavar="D/F/E/k/T")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each rule and dtype, about")
-    arguments = parser.parse_args()
-    width, expert_width, experts, k, tokens = map(int, arguments.shape.split("/"))
-    # The lower half of the scores is zero, as the rule that takes all positive ones would have it.
-    logits_BSE = torch.randn(4, tokens // 4, experts, generator=torch.Generator().manual_seed(0))
+def scores_for(rule: Selection, case: Case, device: str) -> tuple[Tensor, Tensor]:
+    """What the rule chooses by and weighs by, (B, S, E), of four rows of random logits."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits_BSE = torch.randn(4, case.tokens // 4, case.experts, generator=generator, device=device)
+    if isinstance(rule, Positive):  # three quarters of k in E positive, as ReMoE's penalty would have it
+        cut = logits_BSE.flatten()[:65536].quantile(1 - case.k / case.experts)
+        logits_BSE = (logits_BSE - cut).clamp_min(0)
+        return logits_BSE, logits_BSE
     scores_BSE = logits_BSE.softmax(-1)
-    columns = [
-        "rule",
-        "pairs per token",
-        "ms",
-        *(f"rule / experts {dtype}" for dtype in arguments.dtype),
-        "cutoff ms",
-    ]
-    head(f"Selection, {arguments.shape}, {torch.get_num_threads()} threads", columns)
-    for rule in rules(k, experts):
-        choice_BSE = logits_BSE.clamp_min(0) if isinstance(rule, Positive) else scores_BSE
-        cells = []
-        assignment = rule(choice_BSE, choice_BSE)
-        for name in arguments.dtype:
-            dtype = getattr(torch, name)
-            x_TD = torch.randn(tokens, width).to(dtype)
-            up_EHD = (torch.randn(experts, 2 * expert_width, width) * width**-0.5).to(dtype)
-            down_EDF = (torch.randn(experts, width, expert_width) * expert_width**-0.5).to(dtype)
-            tensors = x_TD, assignment, up_EHD, down_EDF, Activation("swiglu")
-            with torch.no_grad():
-                times = in_turn(
-                    {
-                        "rule": lambda rule=rule, choice=choice_BSE: rule(choice, choice),
-                        "experts": lambda tensors=tensors: compute_experts(*tensors),
-                    },
-                    arguments.seconds,
-                )
-            cells.append(ratio(times["rule"], times["experts"]))
-        spent = statistics.median(times["rule"])
-        cutoff = statistics.median(
-            in_turn({"cutoff": lambda rule=rule, choice=choice_BSE: rule.cutoff(choice)}, 0.5)["cutoff"]
-        )
-        line([rule, f"{assignment.num_pairs / tokens:.2f}", f"{1e3 * spent:.2f}", *cells, f"{1e3 * cutoff:.2f}"])
+    return (logits_BSE if rule.chooses_by == "logits" else scores_BSE), scores_BSE
 
 
-if __name__ == "__main__":
-    main()
+def wrong(rule: Selection, choice_BSE: Tensor, scores_BSE: Tensor) -> str:
+    """What differs between the rule's fast and its plain path; empty if nothing does."""
+    results = []
+    for plain in (False, True):
+        leaf_BSE = scores_BSE.clone().requires_grad_()
+        off = mock.patch.object(native, "fits", return_value=False) if plain else contextlib.nullcontext()
+        torch.manual_seed(0)
+        with off:
+            made = rule(choice_BSE, leaf_BSE).compact()
+        (grad_BSE,) = torch.autograd.grad(made.weight_P.square().sum(), leaf_BSE)
+        results.append((made.token_P, made.expert_P, made.offsets_E1, made.weight_P.detach(), grad_BSE))
+    names = ("tokens", "experts", "offsets", "weights", "gradients")
+    pairs = zip(names, *results, strict=True)
+    return ", ".join(name for name, fast, slow in pairs if fast.shape != slow.shape or not torch.equal(fast, slow))
+
+
+def share(name: str, rule: Selection, case: Case, dtype: str, device: str, seconds: float) -> list[Row]:
+    """Two rows, forward and forward+backward."""
+    choice_BSE, scores_BSE = scores_for(rule, case, device)
+    mine = resolve_backend("auto", device, getattr(torch, dtype))
+    label = f"{name}: {case}"
+    if not isinstance(rule, Base) and (difference := wrong(rule, choice_BSE, scores_BSE)):
+        notes = {name: f"WRONG: its fast and its plain path differ in {difference}"}
+        return [Row("routing", label, dtype, {}, notes)]
+    leaf_BSE = scores_BSE.clone().requires_grad_()
+    assignment = rule(choice_BSE, scores_BSE)
+    forward, backward = _experts(assignment, case, dtype, device)
+
+    def train() -> None:
+        made = rule(choice_BSE, leaf_BSE)
+        rule.cutoff(choice_BSE)
+        torch.autograd.grad(made.weight_P, leaf_BSE, torch.ones_like(made.weight_P))
+
+    rows = []
+    for what, decide, compute in (
+        ("routing forward", lambda: rule(choice_BSE, scores_BSE), forward),
+        ("routing forward+backward", train, backward),
+    ):
+        times = in_turn({"experts": compute, "rule": decide}, seconds / 2, least=5, clock=clock_of(device))
+        spent = sorted(times["experts"])[len(times["experts"]) // 2]
+        pairs = int(assignment.offsets_E1[-1]) / assignment.num_tokens
+        cells = {"bound": f"{1e3 * spent:.1f} ms of experts, {pairs:.1f} a token"}
+        rows.append(Row(what, label, dtype, cells | {mine: ratio(times["rule"], times["experts"])}))
+    return rows
+
+
+def _experts(assignment: Assignment, case: Case, dtype_name: str, device: str) -> tuple:
+    """Forward, and forward+backward, of the experts that an assignment feeds."""
+    dtype = getattr(torch, dtype_name)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=generator, device=device) * scale).to(dtype).requires_grad_()
+
+    x_TD = random(assignment.num_tokens, case.width)
+    up_EHD = random(case.experts, 2 * case.expert_width, case.width, scale=case.width**-0.5)
+    down_EDF = random(case.experts, case.width, case.expert_width, scale=case.expert_width**-0.5)
+    weighted = assignment.with_weights(assignment.weight_P.detach().requires_grad_())
+    leaves, grad_TD = (x_TD, weighted.weight_P, up_EHD, down_EDF), torch.ones_like(x_TD)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return compute_experts(x_TD, weighted, up_EHD, down_EDF, Activation("swiglu"))
+
+    def both() -> None:
+        y_TD = compute_experts(x_TD, weighted, up_EHD, down_EDF, Activation("swiglu"))
+        torch.autograd.grad(y_TD, leaves, grad_TD)
+
+    return forward, both
+
+
+def growth(cases: Sequence[Case], name: str, device: str, seconds: float) -> list[Row]:
+    """A row for each number of tokens: the rule's time per token over that at the number before."""
+    rule = rules(cases[0].k, cases[0].experts)[name]
+    runs = {}
+    for case in cases:
+        choice_BSE, scores_BSE = scores_for(rule, case, device)
+        runs[str(case.tokens)] = lambda c=choice_BSE, s=scores_BSE: rule(c, s)
+    mine = resolve_backend("auto", device, torch.float32)
+    times = in_turn(runs, seconds, least=7, slow=float("inf"), clock=clock_of(device))
+    rows = []
+    for before, after in itertools.pairwise(cases):
+        scaled = [one * before.tokens / after.tokens for one in times[str(after.tokens)]]
+        spent = sorted(times[str(after.tokens)])[len(times[str(after.tokens)]) // 2]
+        cells = {"bound": f"{1e3 * spent:.2f} ms", mine: ratio(scaled, times[str(before.tokens)])}
+        rows.append(Row("growth per token", f"{name}: {after} / {before.tokens}", "float32", cells))
+    return rows
+
+
+def jobs(case: Case, dtypes: Sequence[str], device: str, seconds: float) -> Iterator[Job]:
+    """One for each rule and dtype."""
+    for name, rule in rules(case.k, case.experts).items():
+        for dtype in dtypes:
+            run = partial(share, name, rule, case, dtype, device, seconds)
+            yield Job("routing", f"{name}: {case}", dtype, run)
+
+
+def growth_jobs(cases: Sequence[Case], device: str, seconds: float) -> Iterator[Job]:
+    """Of the rules that look at all tokens at once."""
+    for name in ("top-k", "top-c, batch", "expert choice, batch"):
+        named = f"{name}: {cases[0]} to {cases[-1].tokens}"
+        yield Job("growth", named, "float32", partial(growth, cases, name, device, seconds))

@@ -1,31 +1,29 @@
-"""Training steps per second: this library's model against transformers' OLMoE of the same shape, in one run.
-
-    python benchmarks/train_throughput.py [--shape quickstart ...] [--dtype float32 bfloat16] [--rounds 9]
+"""Rows of whole training steps: this library's model against transformers' OLMoE of the same shape.
 
 Both models have the same layers, width, heads, experts, experts per token, expert width and vocabulary, no shared
 expert, softmax scores that are not renormalised, SDPA attention and a load-balance loss. A step is forward, loss,
 backward and AdamW. OLMoE is measured with each of its expert implementations and keeps its fastest; then the two
-models take turns, step by step. The table shows the median over rounds of our tokens per second divided by theirs,
-and half the interquartile range. Above 1 ours is faster. (OLMoE also normalises queries and keys: two norms of width
-D per layer that ours does not have.)
-
-`bfloat16` trains bfloat16 weights, `autocast` float32 weights under bfloat16 autocast.
+models take turns, step by step. A cell is our tokens per second divided by theirs; above 1 ours is faster. (OLMoE
+also normalises queries and keys: two norms of width D per layer that ours does not have.) Our model is first held to
+itself with `naive` experts: the same loss and gradients.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
+from crossways.experts import resolve_backend
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
+from measure import clock_of, ratio
+from problems import TOLERANCE
+from table import Job, Row
 
 
 @dataclass(frozen=True)
@@ -57,20 +55,26 @@ BATCHED_LIMIT = 2**31
 class Contender:
     """A model with its optimiser, ready to take training steps."""
 
-    def __init__(self, model: PreTrainedModel, dtype: str) -> None:
-        self.model = model.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32).train()
-        self.autocast = dtype == "autocast"
+    def __init__(self, model: PreTrainedModel, dtype: str, device: str = "cpu") -> None:
+        self.model = model.to(device, getattr(torch, dtype)).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.clock = clock_of(device)
+
+    def loss(self, ids_BS: Tensor) -> Tensor:
+        """Forward and backward; the loss."""
+        loss = self.model(input_ids=ids_BS, labels=ids_BS).loss
+        loss.backward()
+        return loss.detach()
 
     def step(self, ids_BS: Tensor) -> float:
         """One training step; seconds."""
-        start = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
-            loss = self.model(input_ids=ids_BS, labels=ids_BS).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return time.perf_counter() - start
+
+        def run() -> None:
+            self.loss(ids_BS)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return self.clock(run)
 
 
 def ours(shape: Shape, backend: str = "auto") -> PreTrainedModel:
@@ -117,10 +121,11 @@ def _common(shape: Shape) -> dict:
 
 
 def fastest_olmoe(shape: Shape, dtype: str, batches: list[Tensor]) -> tuple[str, Contender]:
-    """Try each implementation for a few interleaved steps; the one with the best median, built anew."""
+    """Try each implementation for a few interleaved steps; the one with the best median."""
+    device = batches[0].device.type
     copied = shape.batch * shape.sequence * shape.k * 2 * shape.expert_width * shape.width * 4
     names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or copied < BATCHED_LIMIT]
-    contenders = {name: Contender(olmoe(shape, name), dtype) for name in names}
+    contenders = {name: Contender(olmoe(shape, name), dtype, device) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for batch in batches[:4]:
         for name, contender in contenders.items():
@@ -129,45 +134,51 @@ def fastest_olmoe(shape: Shape, dtype: str, batches: list[Tensor]) -> tuple[str,
     return best, contenders[best]
 
 
-def compare(shape: Shape, dtype: str, rounds: int) -> tuple[str, list[float], list[float], int]:
-    """OLMoE's fastest implementation, seconds per step of ours and of theirs, and our parameter count."""
-    torch.manual_seed(0)
-    # Skewed token frequencies, as in text, so that expert loads are neither constant nor equal.
-    batches = list((torch.randn(rounds + 3, shape.batch, shape.sequence).abs() * shape.vocabulary / 5).long())
-    batches = [batch.clamp(max=shape.vocabulary - 1) for batch in batches]
-    name, theirs = fastest_olmoe(shape, dtype, batches)
-    mine = Contender(ours(shape), dtype)
-    our_times, their_times = [], []
-    for batch in batches:
-        our_times.append(mine.step(batch))
-        their_times.append(theirs.step(batch))
-    parameters = sum(parameter.numel() for parameter in mine.model.parameters())
-    return name, our_times[3:], their_times[3:], parameters
+def batches_of(shape: Shape, count: int, device: str) -> list[Tensor]:
+    """Skewed token frequencies, as in text, so that expert loads are neither constant nor equal."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(count, shape.batch, shape.sequence, generator=generator).abs() * shape.vocabulary / 5
+    return list(drawn.long().clamp(max=shape.vocabulary - 1).to(device))
 
 
-def main() -> None:
-    """Measure every shape and dtype, print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    dtypes = ("float32", "bfloat16", "autocast")
-    parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=dtypes)
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    table = Table(title=f"training, ours / OLMoE's fastest, {torch.get_num_threads()} threads")
-    for column in ("shape", "parameters", "dtype", "OLMoE with", "ours tok/s", "OLMoE tok/s", "ratio"):
-        table.add_column(column, justify="right")
-    for shape_name in arguments.shape:
-        shape = SHAPES[shape_name]
-        tokens = shape.batch * shape.sequence
-        for dtype in arguments.dtype:
-            name, our_times, their_times, parameters = compare(shape, dtype, arguments.rounds)
-            ratios = [theirs / mine for mine, theirs in zip(our_times, their_times, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            speeds = [f"{tokens / statistics.median(times):,.0f}" for times in (our_times, their_times)]
-            ratio = f"{middle:.2f}±{(high - low) / 2:.2f}"
-            table.add_row(shape_name, f"{parameters / 1e6:.0f}M", dtype, name, *speeds, ratio)
-    Console(width=120).print(table)
+def error(shape: Shape, dtype: str, ids_BS: Tensor) -> float:
+    """Relative root-mean-square difference of the gradients of our model and of the same with `naive` experts."""
+    grads = []
+    for backend in ("auto", "naive"):
+        torch.manual_seed(0)
+        contender = Contender(ours(shape, backend), dtype, ids_BS.device.type)
+        contender.loss(ids_BS)
+        grads.append([p.grad.float() for p in contender.model.parameters() if p.grad is not None])
+    difference = sum((one - other).square().sum() for one, other in zip(*grads, strict=True))
+    return (difference / sum(other.square().sum() for other in grads[1])).sqrt().item()
 
 
-if __name__ == "__main__":
-    main()
+def compare(name: str, dtype: str, device: str, rounds: int) -> list[Row]:
+    """One row."""
+    shape, warm = SHAPES[name], 3
+    batches = batches_of(shape, rounds + warm, device)
+    # In bfloat16 a score that rounds differently may choose another expert, so that a few rows may differ.
+    limit, found = (10 * TOLERANCE[getattr(torch, dtype)], error(shape, dtype, batches[0]))
+    case = f"{name}: {shape.layers} x {shape.width}, {shape.experts} experts, {shape.k} a token"
+    if not found <= limit:
+        return [Row("training", case, dtype, {}, {"ours": f"WRONG: gradients differ from naive's by {found:.1e}"})]
+    implementation, theirs = fastest_olmoe(shape, dtype, batches)
+    mine = Contender(ours(shape), dtype, device)
+    times = [(mine.step(batch), theirs.step(batch)) for batch in batches][warm:]
+    our_times, their_times = zip(*times, strict=True)
+    speed = shape.batch * shape.sequence / statistics.median(their_times)
+    millions = sum(parameter.numel() for parameter in mine.model.parameters()) / 1e6
+    cells = {
+        "bound": f"OLMoE {speed:,.0f} tokens/s with {implementation}",
+        resolve_backend("auto", device, getattr(torch, dtype)): ratio(their_times, our_times),
+        "error": f"{found:.0e}",
+    }
+    return [Row("training", f"{case}, {millions:.0f}M", dtype, cells)]
+
+
+def jobs(quick: bool, dtypes: Sequence[str], device: str) -> Iterator[Job]:
+    """One for each shape and dtype."""
+    for name in ("quickstart",) if quick else SHAPES:
+        for dtype in dtypes:
+            rounds = 4 if quick else 9
+            yield Job("training", name, dtype, partial(compare, name, dtype, device, rounds))

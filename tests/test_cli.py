@@ -212,3 +212,33 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch, crossways):
     monkeypatch.setattr(load, "load_recipe", fail)
     with pytest.raises(ZeroDivisionError):
         crossways("study", "quickstart")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study"], "Missing argument 'RECIPE'"),
+        (["study", "quickstart", "--no-such-option"], "No such option"),
+        (["no-such-command"], "No such command 'no-such-command'"),
+        (["train", "quickstart"], "Missing option '--variant'"),
+        (["calibrate", "x", "--out", "y", "--tokens", "0"], "--tokens"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_that_the_parser_finds_are_one_line_too(crossways, arguments, message):
+    code, out, err = crossways(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message.lower() in err.lower()
+
+
+def test_no_command_prints_the_help(crossways):
+    code, out, err = crossways()
+    assert code == 2
+    assert "Usage" in out + err
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "crossways", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"crossways {__version__}\n")

@@ -14,8 +14,20 @@ from crossways.assignment import Assignment
 from crossways.experts import why_not
 from crossways.native import loading, routing, why_not_native
 from crossways.native.loading import NativeUnavailableError, build, library
-from crossways.rules.select import Capacity, ExpertChoice, GroupLimited, TopC, TopK, TopP
-from crossways.rules.select.base import place_in_queue, top_k_index, top_of_groups
+from crossways.rules.select import (
+    Base,
+    Capacity,
+    ExpertChoice,
+    GroupLimited,
+    Positive,
+    Sinkhorn,
+    Threshold,
+    TopC,
+    TopK,
+    TopP,
+)
+from crossways.rules.select.base import place_in_queue, top_k_index, top_of_columns, top_of_groups
+from crossways.rules.select.base_layer import balanced_assignment, balanced_experts
 
 needs_native = pytest.mark.skipif(why_not_native() is not None, reason=str(why_not_native()))
 
@@ -69,7 +81,8 @@ def both(monkeypatch, run):
     """What `run` gives with the C++ parts, and without."""
     monkeypatch.setattr(routing, "_SMALL", 0)
     native = run()
-    monkeypatch.setattr(routing, "fits", lambda *_: False)
+    for name in ("fits", "solves"):
+        monkeypatch.setattr(routing, name, lambda *_: False)
     return native, run()
 
 
@@ -162,15 +175,112 @@ def test_places_in_queues(monkeypatch):
         TopP(p=0.5, cap=4),
         Capacity(k=2, normalize=True),
         Capacity(k=2, order="score", factor=0.7),
+        Capacity(k=3, order="token", factor=0.6, group="batch"),
         GroupLimited(k=3, n_group=4, topk_group=2),
+        GroupLimited(k=2, n_group=4, topk_group=1, group_score="max"),
+        Positive(),
+        Threshold(value=0.1),
+        Sinkhorn(k=2),
+        Base(),
+        Base(group="batch"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_rules_choose_the_same(monkeypatch, rule, masked):
+    torch.manual_seed(0)
+    scores_BSE = torch.randn(3, 40, 16).softmax(-1)
+    scores_BSE[0, 3, 5] = torch.nan
+    allowed_BSE = torch.rand(3, 40, 16) < 0.7 if masked else None
+
+    def run():
+        leaf_BSE = scores_BSE.clone().requires_grad_()
+        made = rule(scores_BSE, leaf_BSE, allowed_BSE)
+        (grad_BSE,) = torch.autograd.grad(made.weight_P.square().sum(), leaf_BSE)
+        return made.token_P, made.expert_P, made.weight_P.detach(), made.offsets_E1, grad_BSE
+
+    native, plain = both(monkeypatch, run)
+    for ours, theirs in zip(native, plain, strict=True):
+        assert torch.equal(ours.nan_to_num(-1), theirs.nan_to_num(-1))
+
+
+@needs_native
+@pytest.mark.parametrize("rule", [TopC(k=1.5), ExpertChoice(k=2)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_cutoffs_are_the_same(monkeypatch, rule, masked):
     scores_BSE = torch.randn(3, 40, 16).softmax(-1)
     allowed_BSE = torch.rand(3, 40, 16) < 0.7 if masked else None
-    native, plain = both(monkeypatch, lambda: rule(scores_BSE, scores_BSE, allowed_BSE))
-    assert torch.equal(native.to_dense(), plain.to_dense())
     cutoffs = both(monkeypatch, lambda: rule.cutoff(scores_BSE, allowed_BSE))
-    assert cutoffs[0] is None or torch.equal(*cutoffs)
+    assert torch.equal(*cutoffs)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("budget", [0, 1, 17000, 39999, 40000, 50000])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_long_row_by_several_threads(monkeypatch, threads, budget, masked):
+    torch.manual_seed(0)
+    x_GN = entries(1, 40000, "ties").clamp_min(-2)
+    allowed_GN = torch.rand(1, 40000) < 0.6 if masked else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        native, plain = both(monkeypatch, lambda: top_of_groups(x_GN, allowed_GN, torch.tensor([budget]), 40000))
+        least = routing.least_of_rows(x_GN, torch.tensor([budget]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(native, plain)
+    expected = x_GN.sort(descending=True).values[0, min(budget, 40000) - 1] if budget else torch.tensor(torch.nan)
+    assert torch.equal(least.nan_to_num(-9), expected[None].nan_to_num(-9))
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["plain", "ties"])
+@pytest.mark.parametrize("shape", [(2, 70, 16), (3, 31, 5), (1, 300, 33)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_columns_are_rows_turned(monkeypatch, kind, shape, masked):
+    torch.manual_seed(0)
+    groups, count, experts = shape
+    x_GNE = entries(groups * count, experts, kind).view(shape)
+    allowed_GNE = torch.rand(shape) < 0.6 if masked else None
+    budget_GE = torch.randint(-1, count + 3, (groups, experts))
+    native, plain = both(monkeypatch, lambda: top_of_columns(x_GNE, allowed_GNE, budget_GE, count))
+    assert torch.equal(native, plain)
+
+
+@needs_native
+def test_weights_of_pairs_are_indexing_with_all_its_derivatives(monkeypatch):
+    monkeypatch.setattr(routing, "_SMALL", 0)
+    mask_TE = torch.rand(9, 5) < 0.5
+    token_P, expert_P, _ = routing.mask_pairs(mask_TE)
+    matrix_TE = torch.rand(9, 5, requires_grad=True)
+    results = []
+    for taken_P in (routing.weights(matrix_TE, token_P, expert_P), matrix_TE[token_P, expert_P]):
+        (first,) = torch.autograd.grad(taken_P.pow(3).sum(), matrix_TE, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), matrix_TE)
+        results.append((taken_P, first, second))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@needs_native
+@pytest.mark.parametrize("skew", [0.0, 5.0])
+@pytest.mark.parametrize(("tokens", "experts"), [(200, 8), (131, 16), (64, 64), (300, 1), (5, 9)])
+def test_base_finds_the_optimum_of_scipy(monkeypatch, tokens, experts, skew):
+    torch.manual_seed(tokens)
+    gain_NE = torch.randn(tokens, experts).double() + skew * torch.rand(experts)
+    monkeypatch.setattr(routing, "_SMALL", 0)
+    assert routing.solves(gain_NE)  # or both would be scipy's
+    native, plain = both(monkeypatch, lambda: balanced_assignment(gain_NE))
+    assert native.sum(0).max() <= -(-tokens // experts)
+    assert native.sum(1).tolist() == [1] * tokens
+    assert gain_NE[native].sum().item() == pytest.approx(gain_NE[plain].sum().item(), rel=1e-12)
+
+
+@needs_native
+def test_groups_of_base_are_solved_apart(monkeypatch):
+    gain_NE = torch.randn(90, 4).double()
+    monkeypatch.setattr(routing, "_SMALL", 0)
+    together = balanced_experts(gain_NE, torch.tensor([0, 30, 30, 90]))
+    apart = [balanced_experts(gain_NE[a:b], torch.tensor([0, b - a])) for a, b in ((0, 30), (30, 90))]
+    assert torch.equal(together, torch.cat(apart))

@@ -78,6 +78,32 @@ class Assignment:
         return cls.from_pairs(token_P, index_TK.reshape(-1), weight_TK.reshape(-1), num_tokens, num_experts)
 
     @classmethod
+    def from_choices(
+        cls, index_TK: Tensor, weight_TE: Tensor, kept_TK: Tensor | None = None, allowed_TE: Tensor | None = None
+    ) -> Assignment:
+        """From each token's experts, all different, and a matrix that holds all weights.
+
+        Args:
+            index_TK: int64 (T, K).
+            weight_TE: (T, E).
+            kept_TK: boolean (T, K), which of them to take; None for all.
+            allowed_TE: boolean (T, E), which pairs may be taken at all; None for all.
+        """
+        num_tokens, num_experts = weight_TE.shape
+        if routing.fits(index_TK, weight_TE, kept_TK, allowed_TE):
+            token_P, expert_P, offsets_E1 = routing.index_pairs(index_TK, num_experts, kept_TK, allowed_TE)
+            return cls(token_P, expert_P, routing.weights(weight_TE, token_P, expert_P), offsets_E1, num_tokens)
+        weight_TK = weight_TE.gather(-1, index_TK)
+        if allowed_TE is not None:
+            open_TK = allowed_TE.gather(-1, index_TK)
+            kept_TK = open_TK if kept_TK is None else kept_TK & open_TK
+        if kept_TK is None:
+            return cls.from_topk(index_TK, weight_TK, num_experts)
+        # The others go to one more expert, whose pairs are then left out.
+        everything = cls.from_topk(torch.where(kept_TK, index_TK, num_experts), weight_TK, num_experts + 1)
+        return everything.of_experts(0, num_experts)
+
+    @classmethod
     def from_mask(cls, mask_TE: Tensor, weight_TE: Tensor, most: int | None = None) -> Assignment:
         """From a boolean (T, E) mask of chosen pairs and a (T, E) matrix that holds their weights.
 
@@ -89,6 +115,13 @@ class Assignment:
         """
         if most is not None and _counting_waits(mask_TE):
             return cls.from_bounded_mask(mask_TE, weight_TE, most)
+        return cls._from_counted_mask(mask_TE, weight_TE)
+
+    @classmethod
+    @torch.compiler.disable(
+        reason="the selection may choose any number of pairs, and a graph needs a bound; with a cap it is one graph"
+    )
+    def _from_counted_mask(cls, mask_TE: Tensor, weight_TE: Tensor) -> Assignment:
         if routing.fits(mask_TE):
             token_P, expert_P, offsets_E1 = routing.mask_pairs(mask_TE)
         else:
@@ -97,7 +130,7 @@ class Assignment:
         return cls(
             token_P=token_P,
             expert_P=expert_P,
-            weight_P=weight_TE[token_P, expert_P],
+            weight_P=routing.weights(weight_TE, token_P, expert_P),
             offsets_E1=offsets_E1,
             num_tokens=mask_TE.shape[0],
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -45,10 +45,23 @@ DryRunOption = Annotated[
 def main() -> None:
     """Entry point of the `crossways` command."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except Exception as error:
+        # What Typer raises for mistakes on the command line: classes of click or, by version, of its own copy.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        _refuse(f"{error.format_message()} (--help says what there is)")
+    sys.exit(status)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _version(asked: bool) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from crossways.commands.calibrate import documents_batches
 from crossways.errors import UserError
+from crossways.evaluation.documents import documents_batches
 from crossways.evaluation.perplexity import score_batches
 from crossways.evaluation.settings import EvaluationSettings
 from crossways.surgery.reroute import reroute

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from crossways.evaluation.settings import EvaluationSettings
 
 
 def calibrate_command(
@@ -44,6 +37,7 @@ def calibrate_command(
     from crossways.calibrate import calibrate
     from crossways.commands.terminal import no_bars_in_logs
     from crossways.evaluation.command import requested
+    from crossways.evaluation.documents import documents_batches
     from crossways.evaluation.subject import subject_of
     from crossways.surgery.checkpoint import load_causal_lm
     from crossways.training.corpus import load_corpus
@@ -67,25 +61,3 @@ def calibrate_command(
     console = Console()
     console.print(report.table())
     console.print(f"written to {out}", highlight=False, soft_wrap=True, markup=False)
-
-
-def documents_batches(
-    documents: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    protocol: EvaluationSettings,
-    max_tokens: int | None,
-) -> list[dict[str, Tensor]]:
-    """Batches that score whole documents under a protocol, up to `max_tokens` tokens."""
-    from crossways.training.corpus import utf8_length
-    from crossways.training.tokenizer import encode_documents
-    from crossways.training.windows import batch_windows, evaluation_windows
-
-    windows = evaluation_windows(
-        encode_documents(tokenizer, documents),
-        map(utf8_length, documents),
-        protocol.window,
-        protocol.stride or protocol.window,
-        tokenizer.eos_token_id,
-        max_tokens,
-    )
-    return list(batch_windows(windows.windows, protocol.batch_size, pad_id=tokenizer.eos_token_id))

@@ -93,8 +93,8 @@ def presets_table() -> Any:
 
 def _calibrated(model: Any, tokenizer: Any, name: str, corpus: str, overrides: list[str], tokens: int) -> Any:
     from crossways.calibrate import calibrate
-    from crossways.commands.calibrate import documents_batches
     from crossways.evaluation.command import requested
+    from crossways.evaluation.documents import documents_batches
     from crossways.evaluation.subject import subject_of
     from crossways.training.corpus import load_corpus
 

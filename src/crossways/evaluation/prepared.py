@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from crossways.calibrate import calibrate
-from crossways.commands.calibrate import documents_batches
 from crossways.errors import UserError
+from crossways.evaluation.documents import documents_batches
 from crossways.evaluation.settings import EvaluationSettings, fitted
 from crossways.evaluation.subject import subject_of
 from crossways.models import CrosswaysConfig

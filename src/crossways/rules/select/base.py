@@ -165,7 +165,7 @@ def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor
         counts as the greatest.
     """
     if routing.fits(choice_GN):
-        return routing.top_of_rows(choice_GN, allowed_GN, budget_G)[0]
+        return routing.top_of_rows(choice_GN, allowed_GN, budget_G)
     most = min(most, choice_GN.shape[1])
     if most == 0:
         return torch.zeros_like(choice_GN, dtype=torch.bool)
@@ -181,10 +181,24 @@ def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor
     return (above_GN | (equal_GN & (equal_GN.cumsum(1, dtype=torch.int32) <= left_G1))) & (budget_G > 0)[:, None]
 
 
-def top_k_index(choice_TE: Tensor, k: int) -> Tensor:
-    """Indices of each token's k greatest entries, int64 (T, K), greatest first."""
-    if routing.fits(choice_TE):
-        return routing.top_k(choice_TE, k)
+def top_of_columns(choice_GNE: Tensor, allowed_GNE: Tensor | None, budget_GE: Tensor, most: int) -> Tensor:
+    """The same for the columns of each group: boolean (G, N, E), of budgets (G, E)."""
+    if routing.fits(choice_GNE, allowed_GNE):
+        return routing.top_of_columns(choice_GNE, allowed_GNE, budget_GE)
+    groups, tokens, num_experts = choice_GNE.shape
+    choice_GN = choice_GNE.transpose(1, 2).flatten(0, 1)
+    allowed_GN = None if allowed_GNE is None else allowed_GNE.transpose(1, 2).flatten(0, 1)
+    mask_GN = top_of_groups(choice_GN, allowed_GN, budget_GE.flatten(), most)
+    return mask_GN.view(groups, num_experts, tokens).transpose(1, 2)
+
+
+def top_k_index(choice_TE: Tensor, k: int, allowed_TE: Tensor | None = None) -> Tensor:
+    """Indices of each token's k greatest allowed entries, int64 (T, K), greatest first; where fewer are allowed, the
+    last ones are anything."""
+    if routing.fits(choice_TE, allowed_TE):
+        return routing.top_k(choice_TE, k, allowed_TE)
+    if allowed_TE is not None:
+        choice_TE = choice_TE.masked_fill(~allowed_TE, -torch.inf)
     return choice_TE.topk(k, dim=-1).indices
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
+from crossways.native import routing
 from crossways.rules.select.base import (
     Count,
     Selection,
@@ -24,7 +25,7 @@ from crossways.rules.select.base import (
     check_whole,
     place_in_queue,
     top_k_index,
-    top_of_groups,
+    top_of_columns,
     valid_tokens,
 )
 
@@ -138,16 +139,21 @@ class Capacity(Selection):
         groups = batch if self.group == "sequence" else 1
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
         ranked_TE = weight_TE.detach() if self.order == "weight" else choice_TE
-        served_TK = self._served(index_TK, asked_TK, ranked_TE, self.capacity(tokens_G, num_experts))
-        served_TK = served_TK | (asked_TK & choice_TE.gather(-1, index_TK).isnan())  # must show, so is not dropped
-        mask_TE = _mark(index_TK, served_TK, num_experts)
-        return Assignment.from_mask(mask_TE, weight_TE, most=len(mask_TE) * self.k)
+        capacity_GE = self.capacity(tokens_G, num_experts)
+        if self.order in ("position", "token") and routing.fits(choice_TE):
+            served_TK = routing.first_come(choice_TE, index_TK, asked_TK, capacity_GE, self.order == "token")
+        else:
+            served_TK = self._served(index_TK, asked_TK, ranked_TE, capacity_GE)
+            served_TK = served_TK | (asked_TK & choice_TE.gather(-1, index_TK).isnan())  # must show: is not dropped
+        return Assignment.from_choices(index_TK, weight_TE, served_TK)
 
     def capacity(self, tokens_G: Tensor, num_experts: int) -> Tensor:
         """Places at each of E experts, int64 (G, E), in groups of so many tokens, int64 (G,). In integers."""
         if self.factor is None:
             return tokens_G[:, None].expand(-1, num_experts)
-        return torch.stack([_ceil(share, tokens_G) for share in self._shares(num_experts)], -1)
+        shares = self._shares(num_experts)
+        places = {share: _ceil(share, tokens_G) for share in set(shares)}  # two at most
+        return torch.stack([places[share] for share in shares], -1)
 
     def _shares(self, num_experts: int) -> list[Fraction]:
         """Places of each expert for one token."""
@@ -160,12 +166,11 @@ class Capacity(Selection):
         self, choice_TE: Tensor, scores_TE: Tensor, allowed_BSE: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Each token's first, second, ... choice and whether it asks for it, both (T, K); and the weights (T, E)."""
-        if allowed_BSE is not None:
-            choice_TE = choice_TE.masked_fill(~allowed_BSE.flatten(0, 1), -torch.inf)
-        index_TK = top_k_index(choice_TE, self.k)
+        allowed_TE = None if allowed_BSE is None else allowed_BSE.flatten(0, 1)
+        index_TK = top_k_index(choice_TE, self.k, allowed_TE)
         asked_TK = torch.ones_like(index_TK, dtype=torch.bool)
-        if allowed_BSE is not None:
-            asked_TK = allowed_BSE.flatten(0, 1).gather(-1, index_TK)
+        if allowed_TE is not None:
+            asked_TK = allowed_TE.gather(-1, index_TK)
         if self.normalize:
             sum_T1 = (scores_TE.gather(-1, index_TK) * asked_TK).sum(-1, keepdim=True)
             scores_TE = scores_TE / torch.where(sum_T1 > 0, sum_T1, 1.0)
@@ -180,13 +185,11 @@ class Capacity(Selection):
         if self.order in ("position", "token"):
             return self._first_come(index_TK.view(groups, -1, self.k), asked_TK.view(groups, -1, self.k), capacity_GE)
         tokens = len(index_TK) // max(groups, 1)
-        by_expert_GEN = ranked_TE.view(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
         asked_TE = _mark(index_TK, asked_TK, num_experts)
-        asked_GEN = asked_TE.view(groups, tokens, num_experts).transpose(1, 2).flatten(0, 1)
+        shape = groups, tokens, num_experts
         most = tokens if self.factor is None else max(_ceil(share, tokens) for share in self._shares(num_experts))
-        best_GEN = top_of_groups(by_expert_GEN, asked_GEN, capacity_GE.flatten(), most)
-        best_TE = best_GEN.view(groups, num_experts, tokens).transpose(1, 2).reshape(ranked_TE.shape)
-        return asked_TK & best_TE.gather(-1, index_TK)
+        best_GNE = top_of_columns(ranked_TE.view(shape), asked_TE.view(shape), capacity_GE, most)
+        return asked_TK & best_GNE.reshape(ranked_TE.shape).gather(-1, index_TK)
 
     def _first_come(self, index_GNK: Tensor, asked_GNK: Tensor, capacity_GE: Tensor) -> Tensor:
         """Who is among the first in the queue of each expert: all first choices by position, then all second ones;

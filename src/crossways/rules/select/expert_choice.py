@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.rules.select.base import Selection, budgets, check_budget, top_of_groups, valid_tokens
+from crossways.rules.select.base import Selection, budgets, check_budget, top_of_columns, valid_tokens
 from crossways.rules.select.threshold import Threshold, pooled_cutoff
 
 Group = Literal["sequence", "batch"]
@@ -52,19 +52,13 @@ class ExpertChoice(Selection):
         batch, _, num_experts = choice_BSE.shape
         groups = batch if self.group == "sequence" else 1
 
-        def by_expert(x_BSE: Tensor) -> Tensor:
-            return x_BSE.reshape(groups, -1, num_experts).transpose(1, 2).flatten(0, 1)  # (G * E, N)
-
+        choice_GNE = choice_BSE.reshape(groups, -1, num_experts)
+        allowed_GNE = None if allowed_BSE is None else allowed_BSE.reshape(choice_GNE.shape)
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
-        capacity_G = budgets(tokens_G, self.k, num_experts)
+        capacity_GE = budgets(tokens_G, self.k, num_experts)[:, None].expand(-1, num_experts)
         most = budgets(choice_BSE[..., 0].numel() // max(groups, 1), self.k, num_experts)
-        mask_GN = top_of_groups(
-            by_expert(choice_BSE),
-            None if allowed_BSE is None else by_expert(allowed_BSE),
-            capacity_G.repeat_interleave(num_experts),
-            most,
-        )
-        mask_TE = mask_GN.reshape(groups, num_experts, -1).transpose(1, 2).reshape(-1, num_experts)
+        mask_GNE = top_of_columns(choice_GNE, allowed_GNE, capacity_GE, most)
+        mask_TE = mask_GNE.reshape(-1, num_experts)
         bound = groups * num_experts * most
         return Assignment.from_mask(mask_TE, scores_BSE.reshape(-1, num_experts), most=bound)
 

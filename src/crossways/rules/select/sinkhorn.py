@@ -73,26 +73,32 @@ class Sinkhorn(Selection):
         balanced_GNE = self.balance(choice_BSE.reshape(groups, -1, choice_BSE.shape[-1]), valid_GN)
         return TopK(self.k)(balanced_GNE.view_as(choice_BSE), scores_BSE, allowed_BSE)
 
+    @torch.compiler.disable(reason="the selection sinkhorn stops when it has converged, which a graph cannot know")
     def balance(self, logits_GNE: Tensor, valid_GN: Tensor) -> Tensor:
         """The scaled matrix, float32 (G, N, E), less its row scales, which change no token's order.
 
         Each group stops by itself, so that what one group holds cannot change another's number of iterations.
         """
-        odd_GNE = logits_GNE.isnan() | (logits_GNE == torch.inf)
-        lowest = torch.finfo(logits_GNE.dtype).min / 2
-        usable_GNE = logits_GNE.masked_fill(odd_GNE, lowest).clamp(min=lowest)
+        odd_GNE = None
+        if not bool(logits_GNE.isfinite().all()):
+            odd_GNE = logits_GNE.isnan() | (logits_GNE == torch.inf)
+            lowest = torch.finfo(logits_GNE.dtype).min / 2
+            logits_GNE = logits_GNE.masked_fill(odd_GNE, lowest).clamp(min=lowest)
         # Row scales are fitted first, so a softmax may stand for exp; it cannot overflow.
-        mass_GNE = usable_GNE.softmax(-1) * valid_GN[..., None]
+        mass_GNE = logits_GNE.softmax(-1)
+        if not bool(valid_GN.all()):
+            mass_GNE = mass_GNE * valid_GN[..., None]
         rows_G1 = valid_GN.sum(-1, keepdim=True).clamp(min=1)
         columns, tiny = mass_GNE.shape[-1], 1e-8
         scale_GE = mass_GNE.new_ones(mass_GNE.shape[0], columns)
         done_G1 = torch.zeros_like(rows_G1, dtype=torch.bool)
         for _ in range(self.max_iterations):
             row_GN = 1 / (rows_G1 * ((mass_GNE @ scale_GE[..., None])[..., 0] + tiny))
-            new_GE = 1 / (columns * ((row_GN[..., None] * mass_GNE).sum(1) + tiny))
+            new_GE = 1 / (columns * ((row_GN[:, None] @ mass_GNE)[:, 0] + tiny))
             change_G1 = (new_GE - scale_GE).abs().mean(-1, keepdim=True)
             scale_GE = torch.where(done_G1, scale_GE, new_GE)
             done_G1 = done_G1 | (change_G1 < self.tolerance)
             if bool(done_G1.all()):
                 break
-        return (mass_GNE * scale_GE[:, None]).masked_fill(odd_GNE, torch.inf)
+        balanced_GNE = mass_GNE.mul_(scale_GE[:, None])
+        return balanced_GNE if odd_GNE is None else balanced_GNE.masked_fill_(odd_GNE, torch.inf)

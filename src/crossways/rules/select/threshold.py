@@ -81,7 +81,9 @@ def pooled_cutoff(twin: Threshold, choice_BSE: Tensor, allowed_BSE: Tensor | Non
         num_experts = choice_BSE.shape[-1]
         shares = num_experts if twin.per_expert else 1
         valid_T = valid_tokens(allowed_BSE, choice_BSE).flatten()
-        pools_TE = choice_BSE.reshape(-1, num_experts).masked_fill(~valid_T[:, None], -torch.inf)
+        pools_TE = choice_BSE.reshape(-1, num_experts)
+        if allowed_BSE is not None:
+            pools_TE = pools_TE.masked_fill(~valid_T[:, None], -torch.inf)
         pools_CN = pools_TE.t() if twin.per_expert else pools_TE.reshape(1, -1)
         # The rank is known to the device alone; the host knows the one that all tokens, if valid, would have.
         most = min(max(whole(twin.k * len(valid_T) / shares), 1), pools_CN.shape[1])
@@ -89,9 +91,13 @@ def pooled_cutoff(twin: Threshold, choice_BSE: Tensor, allowed_BSE: Tensor | Non
             return choice_BSE.new_full((shares,), torch.nan)
         num_valid = valid_T.sum()
         rank = (num_valid.double() * twin.k / shares + 0.5).floor().clamp(min=1).long().clamp(max=most)
-        if routing.fits(pools_CN):
-            cutoff_C = routing.top_of_rows(pools_CN, None, rank.expand(len(pools_CN)))[1]
-            return torch.where(num_valid > 0, cutoff_C, torch.nan)
+        if routing.fits(pools_TE):
+            least = (
+                routing.least_of_columns(pools_TE, rank.expand(shares))
+                if twin.per_expert
+                else (routing.least_of_rows(pools_CN, rank[None]))
+            )
+            return torch.where(num_valid > 0, least, torch.nan)
         best_CN = pools_CN.topk(most, dim=-1).values
         cutoff_C = best_CN.index_select(1, (rank - 1)[None])[:, 0].float()
         return torch.where(num_valid > 0, cutoff_C, torch.nan)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from crossways.assignment import Assignment
@@ -39,12 +38,6 @@ class TopK(Selection):
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         num_experts = choice_BSE.shape[-1]
         choice_TE, scores_TE = choice_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts)
-        if allowed_BSE is None:
-            index_TK = top_k_index(choice_TE, self.k)
-            return Assignment.from_topk(index_TK, scores_TE.gather(-1, index_TK), num_experts)
-        allowed_TE = allowed_BSE.reshape(-1, num_experts)
-        index_TK = top_k_index(choice_TE.masked_fill(~allowed_TE, -torch.inf), self.k)
-        # What is not allowed goes to one more expert, whose pairs are then left out.
-        expert_TK = torch.where(allowed_TE.gather(-1, index_TK), index_TK, num_experts)
-        everything = Assignment.from_topk(expert_TK, scores_TE.gather(-1, index_TK), num_experts + 1)
-        return everything.of_experts(0, num_experts)
+        allowed_TE = None if allowed_BSE is None else allowed_BSE.reshape(-1, num_experts)
+        index_TK = top_k_index(choice_TE, self.k, allowed_TE)
+        return Assignment.from_choices(index_TK, scores_TE, allowed_TE=allowed_TE)

@@ -55,15 +55,13 @@ class TopP(Selection):
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         choice_TE, scores_TE = choice_BSE.flatten(0, 1), scores_BSE.flatten(0, 1)
-        if allowed_BSE is not None:
-            choice_TE = choice_TE.masked_fill(~allowed_BSE.flatten(0, 1), -torch.inf)
+        allowed_TE = None if allowed_BSE is None else allowed_BSE.flatten(0, 1)
         num_experts = choice_TE.shape[-1]
-        index_TK = top_k_index(choice_TE, min(self.cap or num_experts, num_experts))
+        index_TK = top_k_index(choice_TE, min(self.cap or num_experts, num_experts), allowed_TE)
         probs_TK = scores_TE.detach().gather(-1, index_TK)
         before_TK = functional.pad(probs_TK.cumsum(-1)[:, :-1], (1, 0))  # what the better experts hold already
         taken_TK = ~(before_TK >= self.p)  # unlike <, true after a NaN
-        mask_TE = torch.zeros_like(choice_TE, dtype=torch.bool).scatter(-1, index_TK, taken_TK)
-        if allowed_BSE is not None:
-            mask_TE = mask_TE & allowed_BSE.flatten(0, 1)
-        most = None if self.cap is None else len(mask_TE) * self.cap
-        return Assignment.from_mask(mask_TE, scores_TE, most=most)
+        if self.cap is None:  # no bound is known that would be worth its indices
+            mask_TE = torch.zeros_like(choice_TE, dtype=torch.bool).scatter(-1, index_TK, taken_TK)
+            return Assignment.from_mask(mask_TE if allowed_TE is None else mask_TE & allowed_TE, scores_TE)
+        return Assignment.from_choices(index_TK, scores_TE, taken_TK, allowed_TE)
