@@ -122,8 +122,12 @@ def test_kolibri_chooses_by_biased_logits(make, batch):
             assert biased_TE.view(2, 9, -1)[row][mask_SE].min() == best[-1]
 
 
+BY_16_BITS = ["olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "mistral4", "llama4_text"]
+BY_16_BITS += ["inkling", "zaya", "dbrx", "jetmoe", "longcat_flash"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "mistral4", "llama4_text"])
+@pytest.mark.parametrize("name", BY_16_BITS)
 def test_own_rule_is_the_identity_in_16_bits(make, batch, name, dtype):
     model = make(name).to(dtype)
     inputs = batch("left")

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import crossways
@@ -140,7 +142,7 @@ def gradients_of(model, batches):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("rule", ["usmoe", "usmoe-threshold", "expert-choice"])
-@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "llama4_text", "inkling", "dbrx"])
 def test_gradient_checkpointing_repeats_each_pass_as_it_was(make, batch, name, rule, reentrant):
     batches = [batch("left"), batch("right"), batch(None, rows=1)]
     found = []
@@ -239,21 +241,23 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def trained(model, folder, resume=None):
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        save_steps=2,
-        learning_rate=1e-2,
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
-    )
-    Trainer(model=model, args=arguments, train_dataset=Windows()).train(resume_from_checkpoint=resume)
-    return model
+def trained(model, folder, resume=None, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    arguments = TrainingArguments(**settings | changes)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Windows(), eval_dataset=Windows())
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
 
 
 def test_trainer_trains_saves_and_resumes(make, tmp_path):
@@ -270,3 +274,66 @@ def test_trainer_trains_saves_and_resumes(make, tmp_path):
     assert handle_of(resumed).estimates() == handle.estimates()
     for (name, a), b in zip(model.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "mixtral", "gpt_oss", "granitemoe"])
+def test_trainer_resumes_a_model_that_was_rerouted_anew(make, tmp_path, name):
+    """Not loaded from the checkpoint: `Trainer` itself loads the weights into it, and nothing but tensors. Of most
+    families, by itself, it would lose the experts, which transformers writes under other names."""
+    whole = make(name)
+    handle = reroute(whole, "usmoe-threshold", k=1.5)
+    trained(whole, tmp_path / "whole")
+    resumed = make(name)
+    other = reroute(resumed, "usmoe-threshold", k=1.5)
+    trained(resumed, tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert other.estimates() == handle.estimates()
+    assert len(other.estimates()[0]["cutoff"]) == 1
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_best_model_comes_with_its_cutoffs(make, tmp_path):
+    model = make("olmoe")
+    handle = reroute(model, "usmoe", k=1.5)
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = trained(model, tmp_path, **changes, metric_for_best_model="loss", greater_is_better=True)
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-2"), "the loss should fall"
+    assert handle.estimates() == handle_of(from_pretrained(best)).estimates()
+
+
+def test_only_trainers_checkpoints_hold_the_cutoffs_as_a_tensor(make, batch, tmp_path):
+    model, inputs = make("olmoe"), batch("left")
+    plain = logits_of(model, inputs)
+    handle = with_cutoffs(model)
+    for folder, held in (("saved", False), ("checkpoint-7", True), ("checkpoint-last", False)):
+        model.save_pretrained(tmp_path / folder)
+        with safe_open(tmp_path / folder / "model.safetensors", "pt") as file:
+            assert ("crossways_routing" in file.keys()) == held, folder  # noqa: SIM118 (no mapping)
+    known = handle.estimates()
+    handle.undo()
+    model.save_pretrained(tmp_path / "checkpoint-8")
+    weights = load_file(tmp_path / "checkpoint-7" / "model.safetensors")
+    assert weights.keys() - model.state_dict().keys() == {"crossways_routing"}
+    assert (
+        load_file(tmp_path / "checkpoint-8" / "model.safetensors").keys()
+        == load_file(tmp_path / "saved" / "model.safetensors").keys()
+    )
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-7"), inputs), plain)
+    other = make("olmoe")
+    with reroute(other, "usmoe") as handle:
+        missing = other.load_state_dict(weights)
+        assert handle.estimates() == known
+        assert not missing.missing_keys
+    with pytest.raises(RuntimeError, match="crossways_routing"):
+        other.load_state_dict(weights)  # undone: nobody takes it up
+
+
+def test_cutoffs_of_another_rule_are_refused(make, tmp_path):
+    model = make("olmoe")
+    with_cutoffs(model)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    other = make("olmoe")
+    reroute(other, "expert-choice")
+    with pytest.raises(ValueError, match="no cutoff of 1 numbers"):
+        other.load_state_dict(load_file(tmp_path / "checkpoint-1" / "model.safetensors"))

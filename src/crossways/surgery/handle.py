@@ -5,7 +5,7 @@ Legend: E experts, C cutoffs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -16,12 +16,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from crossways.errors import UserError
-from crossways.routing import Replay
+from crossways.routing import Decided, Replay
+from crossways.surgery import trainer_checkpoint
 from crossways.surgery.copying import copy_with
-from crossways.surgery.pass_state import read_pass
 from crossways.surgery.rule import Rule
-from crossways.surgery.site import BlockPass, RoutedBlock
+from crossways.surgery.site import RoutedBlock
 from crossways.surgery.site_router import SiteRouter
+from crossways.surgery.stack import Stack
 
 CONFIG_KEY = "crossways_routing"
 """Under which the rule travels in a model's configuration."""
@@ -53,32 +54,36 @@ class Handle:
     while decisions are replayed (`crossways.replay`).
 
     Nothing of the model's class, code or weights is changed: there are hooks on it, three attributes of the instance
-    (`generate` and `save_pretrained`, wrapped, and the handle), and an entry of its configuration.
+    (`generate` and `save_pretrained`, wrapped, and the handle), an entry of its configuration, and where experts
+    would compute every token, something in the place of their instance's `forward`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        decoder: nn.Module,
         rule: Rule,
-        blocks: Sequence[RoutedBlock],
+        stacks: Sequence[tuple[nn.Module, Sequence[RoutedBlock]]],
         changes: list[Change],
         left: Sequence[Change] = (),
     ) -> None:
-        self.model, self.decoder, self.rule = model, decoder, rule
-        self.blocks, self.changes, self.left = list(blocks), changes, list(left)
+        """
+        Args:
+            model: is rerouted.
+            rule: by which.
+            stacks: every module that is called with ids or embeddings and a mask, with the routed blocks in it.
+            changes: what was changed, block by block.
+            left: which blocks were left alone, and why.
+        """
+        self.model, self.rule, self.changes, self.left = model, rule, changes, list(left)
+        self.blocks = [block for _, blocks in stacks for block in blocks]
         self.active = True
         self.always_causal = False
         self.replay: Replay | None = None
         self._causal: bool | None = None
-        self._training = False
-        self._checkpointed: dict[nn.Module, Any] = {}
         for block in self.blocks:
             block.model = model
-        self._hooks = [
-            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
-            decoder.register_forward_hook(self._end, always_call=True),
-        ]
+        self._loading = model.register_load_state_dict_pre_hook(self._take_up)
+        self.stacks = [Stack(self, module, blocks) for module, blocks in stacks]
         if hasattr(type(model), "generate"):
             model.generate = CausalGenerate(self)  # type: ignore[assignment]
         if hasattr(type(model), "save_pretrained"):
@@ -90,6 +95,11 @@ class Handle:
     def routers(self) -> dict[str, SiteRouter]:
         """What decides now, by the path of the block."""
         return {block.block.name or "block": block.router for block in self.blocks}
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The stack that says the output: the last one."""
+        return self.stacks[-1].module
 
     @property
     def leaky(self) -> bool:
@@ -107,8 +117,9 @@ class Handle:
         self.active = False
         for block in self.blocks:
             block.remove()
-        for hook in self._hooks:
-            hook.remove()
+        for stack in self.stacks:
+            stack.remove()
+        self._loading.remove()
         for name in ("generate", "save_pretrained", ATTRIBUTE):
             vars(self.model).pop(name, None)
         config = getattr(self.model, "config", None)
@@ -161,6 +172,11 @@ class Handle:
                 buffer.copy_(torch.tensor(numbers))
         self.write_config()
 
+    def _take_up(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Before weights are loaded: the estimates that `SaveWithRule` put beside them, if any."""
+        if (packed := state_dict.pop(prefix + trainer_checkpoint.KEY, None)) is not None:
+            self.set_estimates(trainer_checkpoint.from_tensor(packed))
+
     def table(self) -> Table:
         """The changes, for a terminal."""
         table = Table(title=f"{type(self.model).__name__}: {len(self.blocks)} blocks", title_justify="left")
@@ -183,42 +199,30 @@ class Handle:
         first = self.changes[0]
         return f"<{type(self.model).__name__}, {len(self.blocks)} blocks: {first.before} -> {first.after}{state}>"
 
-    @torch.compiler.disable
-    def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = read_pass(decoder.forward, args, kwargs)
-        decoding = state is not None and state.decoding
-        causal = decoding if self._causal is None else self._causal
-        causal = causal or self.always_causal
-        self._training = decoder.training and torch.is_grad_enabled()
-        ids_BS = None if state is None else state.token_ids_BS
-        replayed = self.replay(ids_BS) if self.replay else repeat(None)
-        for block, decided in zip(self.blocks, replayed, strict=False):
-            block.begin(state, causal=causal, decided=decided)
-        self._remember(decoder)
+    def causal_now(self, decoding: bool) -> bool:
+        """Whether a pass is routed by the decode twins.
 
-    @torch.compiler.disable
-    def _end(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After a training pass the estimates follow the batch, once: recomputation does not come by here."""
-        for block in self.blocks:
-            block.end()
-            if self._training and output is not None and block.routing is not None:
-                block.router.observe(block.routing)
-        for module, function in self._checkpointed.items():
-            module._gradient_checkpointing_func = function
-        self._checkpointed = {}
+        Args:
+            decoding: whether a cache holds earlier tokens.
+        """
+        return self.always_causal or (decoding if self._causal is None else self._causal)
 
-    def _remember(self, decoder: nn.Module) -> None:
-        """For the length of a pass, let layers that are computed again in the backward pass find this one's state
-        then, whatever was run in between."""
-        if not self._training:
-            return
-        for module in decoder.modules():
-            if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in vars(module):
-                self._checkpointed[module] = function = module._gradient_checkpointing_func
-                module._gradient_checkpointing_func = Repeating(self.blocks, function)  # type: ignore[assignment]
+    def decided_now(self, ids_BS: Tensor | None) -> Iterable[Decided | None]:
+        """What each block is to execute in a pass, while decisions are replayed.
+
+        Raises:
+            UserError: for a model of several stacks, whose passes need not come in the order of the recorded ones.
+        """
+        if self.replay is None:
+            return repeat(None)
+        if len(self.stacks) > 1:
+            raise UserError(
+                f"{type(self.model).__name__} has {len(self.stacks)} stacks: decisions cannot be replayed"
+            )
+        return self.replay(ids_BS)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_checkpointed": {}, "replay": None}
+        return vars(self) | {"replay": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         return copy_with(self, self.model, memo)
@@ -226,30 +230,6 @@ class Handle:
     def loads(self) -> list[Tensor]:
         """Pairs of each expert in the last pass, int64 (E,), for each router."""
         return [block.routing.assignment.load_E() for block in self.blocks if block.routing is not None]
-
-
-class Repeating:
-    """A checkpointing function whose layers decide by the state of their own pass when they are repeated."""
-
-    def __init__(self, blocks: Sequence[RoutedBlock], function: Any) -> None:
-        self.blocks, self.function = blocks, function
-
-    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
-        then = [block.passing for block in self.blocks]
-
-        def as_then(*args: Any, **kwargs: Any) -> Any:
-            now = [block.passing for block in self.blocks]
-            self._set(then)
-            try:
-                return layer(*args, **kwargs)
-            finally:
-                self._set(now)
-
-        return self.function(as_then, *args, **kwargs)
-
-    def _set(self, passes: Sequence[BlockPass]) -> None:
-        for block, passing in zip(self.blocks, passes, strict=True):
-            block.passing = passing
 
 
 class CausalGenerate:
@@ -265,15 +245,17 @@ class CausalGenerate:
 
 
 class SaveWithRule:
-    """`save_pretrained` with the estimates as they are now."""
+    """`save_pretrained` with the estimates as they are now; where `Trainer` saves, in a form that it can resume."""
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         self.handle.write_config()
         model: Any = self.handle.model
-        return type(model).save_pretrained(model, *args, **kwargs)
+        if trainer_checkpoint.is_trainers(save_directory):
+            kwargs |= trainer_checkpoint.settings(model, self.handle.estimates(), kwargs)
+        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
 def handle_of(model: nn.Module) -> Handle | None:

@@ -1,6 +1,6 @@
 """What the routers of somebody else's model must know of a forward pass, and are not told: rows, padding, decoding.
 
-Legend: B batch, S sequence, E experts, C cutoffs.
+Legend: B batch, S sequence, N packed sequences, L longest of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crossways.surgery.find import Block, UnknownRoutingError
+from crossways.surgery.packing import Packing, find_packing
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,48 @@ class PassState:
     token_ids_BS: Tensor | None
     decoding: bool
     """Whether a cache already holds earlier tokens."""
+    packing: Packing | None = None
+    """How these rows came of those that the pass has, where sequences were packed; None where they are the same."""
+
+    @property
+    def tokens(self) -> int:
+        """What a router is called with in this pass."""
+        return self.rows * self.length if self.packing is None else len(self.packing.place_T)
 
 
-def find_decoder(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
-    """The innermost module that holds all blocks and is called with embeddings or ids and an attention mask."""
-    inner: nn.Module | None = None
-    depth = -1
-    for name, module in model.named_modules():
-        holds_all = not name or all(block.name == name or block.name.startswith(f"{name}.") for block in blocks)
-        names = inspect.signature(module.forward).parameters if holds_all else ()
-        if {"inputs_embeds", "attention_mask"} <= set(names) and name.count(".") + bool(name) > depth:
-            inner, depth = module, name.count(".") + bool(name)
-    if inner is None:
-        parts = ", ".join(dict.fromkeys(block.name.partition(".")[0] for block in blocks))
-        raise UnknownRoutingError(
-            f"{type(model).__name__}: no module over all routed blocks takes inputs_embeds and attention_mask, so "
-            f"rows and padding cannot be told apart; reroute the part of it that reads text (blocks lie in: {parts})"
-        )
-    return inner
+SIGNATURES = (("inputs_embeds", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
+"""Arguments by which to tell a stack of layers that is called with tokens and their padding."""
+
+
+def find_stacks(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[nn.Module, list[Block]]]:
+    """The innermost modules around the blocks that are called with embeddings or ids and an attention mask, in the
+    order of their blocks, each with its own. A model that encodes and decodes has two; most have one.
+
+    Raises:
+        UnknownRoutingError: if there is none around a block.
+    """
+    modules = dict(model.named_modules())
+    stacks: dict[str, list[Block]] = {}
+    for block in blocks:
+        path = _stack_around(modules, block.name)
+        if path is None:
+            raise UnknownRoutingError(
+                f"{type(model).__name__}: no module around {block.name or 'the routed block'} takes inputs_embeds "
+                "and attention_mask, so rows and padding cannot be told apart"
+            )
+        stacks.setdefault(path, []).append(block)
+    return [(modules[path], inside) for path, inside in stacks.items()]
+
+
+def _stack_around(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    path = name
+    while True:
+        names = set(inspect.signature(modules[path].forward).parameters)
+        if any(names.issuperset(signature) for signature in SIGNATURES):
+            return path
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
 
 
 def read_pass(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> PassState | None:
@@ -56,31 +81,45 @@ def read_pass(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(name, {})
-    ids_BS, embeds_BSD = given.get("input_ids"), given.get("inputs_embeds")
+    prefix = "decoder_" if "decoder_input_ids" in signature.parameters else ""
+    ids_BS, embeds_BSD = given.get(f"{prefix}input_ids"), given.get(f"{prefix}inputs_embeds")
     tokens = ids_BS if ids_BS is not None else embeds_BSD
     if tokens is None:
         return None
     rows, length = tokens.shape[:2]
     cached = _cached(given.get("past_key_values"))
+    mask = given.get(f"{prefix}attention_mask")
+    if mask is None and not cached:
+        packing = find_packing(given.get(f"{prefix}position_ids"), rows, length)
+        if packing is not None:
+            return _packed(packing, ids_BS)
     return PassState(
         rows=rows,
         length=length,
-        valid_BS=_valid(given.get("attention_mask"), rows, length, cached),
+        valid_BS=_valid(mask, rows, length, cached),
         token_ids_BS=ids_BS,
         decoding=cached > 0,
     )
 
 
+def _packed(packing: Packing, ids_BS: Tensor | None) -> PassState:
+    """A pass whose rows are the packed sequences."""
+    shape = (packing.rows, packing.length)
+    ids_NL = None if ids_BS is None else packing.spread(ids_BS.flatten()).view(shape)
+    return PassState(*shape, packing.valid_NL(), ids_NL, decoding=False, packing=packing)
+
+
 def _valid(mask: Any, rows: int, length: int, cached: int) -> Tensor | None:
     """Which of this pass' tokens are no padding; None where all are, or the mask is of a form that does not say."""
     if isinstance(mask, Mapping):  # a mask for each kind of attention; padding is the same in all
-        mask = next((each for each in mask.values() if isinstance(each, Tensor)), None)
+        masks = [each for each in mask.values() if isinstance(each, Tensor)]
+        mask = max(masks, key=lambda each: each.shape[-1], default=None)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
     if mask.dim() == 2:
         valid_BS = mask[:, -length:].bool()
     else:  # (B, 1, S, keys): padding alone does not attend to itself
-        own_BS = mask[:, 0].diagonal(cached, -2, -1)
+        own_BS = mask[:, 0].diagonal(min(cached, mask.shape[-1] - length), -2, -1)
         valid_BS = own_BS if own_BS.dtype == torch.bool else own_BS >= 0
     if valid_BS.shape[1] != length or bool(valid_BS.all()):
         return None

@@ -12,12 +12,13 @@ from torch import nn
 from crossways.errors import UserError
 from crossways.rules.registry import describe
 from crossways.rules.score import build_score
-from crossways.surgery.find import Block, FixedChoiceError, find_blocks, language_blocks
+from crossways.surgery.find import Block, FixedChoiceError, UnknownRoutingError, find_blocks, language_blocks
 from crossways.surgery.handle import CONFIG_KEY, UNCHANGED, Change, Handle, handle_of
-from crossways.surgery.pass_state import find_decoder
+from crossways.surgery.pass_state import find_stacks
 from crossways.surgery.probe import read_router
 from crossways.surgery.reading import Reading
 from crossways.surgery.rule import Rule, Spec, build_rule
+from crossways.surgery.sharded import refuse_spread
 from crossways.surgery.site import RoutedBlock
 from crossways.surgery.site_router import GivenLogits, SiteRouter
 from crossways.surgery.sparsemixer import sparsemixer_of_top2
@@ -38,9 +39,9 @@ def reroute(
     Works on any model that keeps its experts in stacked weights with a router beside them whose behaviour can be read
     (see `crossways.surgery.probe`). What is not asked for stays as the family has it: score, scaling, whether weights
     sum to one, the number of experts per token, shared experts; its balancing bias too, unless another score is asked
-    for. Padding, by a two-dimensional attention mask, chooses nobody and competes for nothing. `generate`, and any
-    call with a filled cache, routes by the rule's decode twin; where that needs a cutoff, calibrate first
-    (`crossways.calibrate.calibrate`) or train.
+    for. Padding, by an attention mask, chooses nobody and competes for nothing; sequences packed into a row, by
+    positions that start again, compete each by itself. `generate`, and any call with a filled cache, routes by the
+    rule's decode twin; where that needs a cutoff, calibrate first (`crossways.calibrate.calibrate`) or train.
 
     Args:
         model: changed until `Handle.undo`, or to the end of a `with`.
@@ -69,9 +70,16 @@ def reroute(
 
 def _attach(model: nn.Module, rule: Rule) -> Handle:
     """Read the model, then put the hooks on; nothing is changed if anything is not understood."""
+    if isinstance(model, nn.DataParallel):
+        raise UnknownRoutingError(
+            "DataParallel runs replicas that share what their routers know of a pass; reroute the model inside for "
+            "use without it, or take DistributedDataParallel"
+        )
     found = find_blocks(model)
+    for block in found:
+        refuse_spread(model, block)
     blocks, readings, left = _read(found, language_blocks(model, found))
-    decoder = find_decoder(model, blocks)
+    stacks = find_stacks(model, blocks)
     if rule.budgets is not None and len(rule.budgets) != len(blocks):
         raise UserError(f"{len(rule.budgets)} budgets were given for {len(blocks)} routed layers")
     plans = [_plan(*pair, rule.of_layer(index)) for index, pair in enumerate(zip(blocks, readings, strict=True))]
@@ -79,7 +87,8 @@ def _attach(model: nn.Module, rule: Rule) -> Handle:
         RoutedBlock(block, reading, router, own=own)
         for block, reading, (router, own, _) in zip(blocks, readings, plans, strict=True)
     ]
-    return Handle(model, decoder, rule, routed, [change for _, _, change in plans], left)
+    members = [(module, [site for site in routed if site.block in inside]) for module, inside in stacks]
+    return Handle(model, rule, members, [change for _, _, change in plans], left)
 
 
 def _read(found: list[Block], language: list[Block]) -> tuple[list[Block], list[Reading], list[Change]]:
@@ -110,6 +119,11 @@ def _plan(block: Block, reading: Reading, rule: Rule) -> tuple[SiteRouter, bool,
     router = SiteRouter(
         reading.num_experts, score, select, renormalize=renormalize, weight_scale=scale, gate=GivenLogits()
     )
+    if reading.shared and router.has_normaliser:
+        raise UserError(
+            f"{block.name}: {describe(score)} compares tokens expert by expert; this family's shared experts are "
+            "scored with the chosen ones, so take a score of a token by itself"
+        )
     router.bias_of_logits = reading.bias_of_logits
     if reading.weighs and select == reading.select and rule.score is None:
         router.weigh = partial(sparsemixer_of_top2, eps=reading.weighs_eps)
@@ -131,8 +145,6 @@ def _note(reading: Reading, router: SiteRouter, *, own: bool) -> str:
         notes.append("balancing bias left out: it belongs to the other score")
     if reading.weighs and router.weigh is None:
         notes.append(f"{reading.weighs} weighs the family's own choice only; weights are now {router.score.name}")
-    if reading.hands_over == "dense":
-        notes.append("this family's experts compute every pair, chosen or not: no compute is saved")
     if reading.probabilities and reading.logits_from is None:
         notes.append("logits are the logarithms of the probabilities that the family hands over")
     if router.has_cutoff or router.has_normaliser:

@@ -16,15 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.routing import Context, Decided, Routing
 from crossways.surgery.copying import copy_with
+from crossways.surgery.dense_experts import ChosenOnly
 from crossways.surgery.find import Block
+from crossways.surgery.forms import chosen_in, handed_over, logits_in
+from crossways.surgery.packing import Packing
 from crossways.surgery.pass_state import PassState
 from crossways.surgery.reading import Reading, tensor_at
-from crossways.surgery.site_router import SiteRouter
+from crossways.surgery.site_router import Beside, SiteRouter
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,14 @@ class RoutedBlock:
         self.passing = BlockPass()
         self.live = False
         self.routing: Routing | None = None
-        self._flat: tuple[Tensor, int] | None = None
+        self._flat: tuple[Tensor, torch.Size] | None = None
         self._said: Tensor | None = None
         self._handles = [block.router.register_forward_hook(self.after_router)]
         if reading.logits_from is not None:
             source = block.router.get_submodule(reading.logits_from)
             self._handles.append(source.register_forward_hook(self.after_logits))
-        if reading.hands_over == "pairs":
+        self._chosen_only = ChosenOnly(block.experts) if reading.hands_over == "dense" else None
+        if reading.hands_over in ("pairs", "late"):
             self._handles += [
                 block.experts.register_forward_pre_hook(self.before_experts, with_kwargs=True),
                 block.experts.register_forward_hook(self.after_experts),
@@ -78,6 +83,8 @@ class RoutedBlock:
         self.active = False
         for handle in self._handles:
             handle.remove()
+        if self._chosen_only is not None:
+            self._chosen_only.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a pass, which may hold a graph of gradients."""
@@ -85,6 +92,16 @@ class RoutedBlock:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedBlock:
         return copy_with(self, self.model, memo)
+
+    @property
+    def _filler(self) -> int | None:
+        """An expert that computes nothing and that the experts know, for places that nobody wants."""
+        return self.reading.num_experts - 1 if self.reading.free and not self.reading.skips else None
+
+    @property
+    def own_to_each_row(self) -> bool:
+        """Whether the rule decides for each row of the batch by itself."""
+        return self.router.select.batch_invariant and self.router.score.batch_invariant
 
     def begin(self, state: PassState | None, *, causal: bool, decided: Decided | None = None) -> None:
         """Start a pass."""
@@ -101,32 +118,61 @@ class RoutedBlock:
         """Forward hook of the family's router: the same logits, other pairs."""
         if not self.active:
             return output
-        logits_TE = output[1] if self.reading.hands_over == "dense" else output[0]
-        self.router.to(logits_TE.device).train(module.training)
+        if self.reading.hands_over == "late":  # the choice is made of it afterwards, in the block
+            self._said = output
+            return output
+        return self._rerouted(output, module.training, args[:1])
+
+    def _rerouted(self, output: Any, training: bool, given: tuple[Tensor, ...]) -> Any:
+        """What the family's router returned, with another choice in it.
+
+        Args:
+            output: of the router.
+            training: whether it is in training.
+            given: what the router was called with, hidden states first.
+        """
+        reading = self.reading
+        logits_TE = logits_in(output, reading.hands_over)
+        self.router.to(logits_TE.device).train(training)
         untouched = self._untouched()
         self.router.executed = self._executed(output) if untouched else None
+        state = self._state(logits_TE.numel() // logits_TE.shape[-1])
+        self.router.beside = self._beside(given, state) if reading.shared and not untouched else None
         try:
-            logits_BSE = self._rows(logits_TE)
-            tokens = logits_BSE.shape[0] * logits_BSE.shape[1]
-            routing = self.router(logits_BSE, self._context(tokens, logits_BSE.device))
+            logits_BSE = self._rows(logits_TE, state)
+            routing = self.router(logits_BSE, self._context(state, logits_BSE.device))
         finally:
             self.router.executed = None
         if self.live:
             self.routing = detached(routing)
-        return output if untouched else self._handed_over(output, self._scaled(routing.assignment))
+        if untouched:
+            return output
+        packing = None if state is None else state.packing
+        pairs = routing.assignment if packing is None else packing.gather_pairs(routing.assignment)
+        if self._chosen_only is not None:
+            self._chosen_only.assignment = pairs
+        return handed_over(
+            output,
+            reading.hands_over,
+            self._scaled(pairs),
+            skips=reading.skips,
+            filler=self._filler,
+            shared_TN=self._scaled_beside(packing),
+        )
 
     def _untouched(self) -> bool:
         """Whether the family's own decision stands."""
         return self.own and self.router.perturbation is None and self.passing.decided is None
 
-    def _rows(self, logits_TE: Tensor) -> Tensor:
+    def _rows(self, logits_TE: Tensor, state: PassState | None) -> Tensor:
         """Float32 logits (B, S, E); of one row if the router was called by itself."""
         num_experts = logits_TE.shape[-1]
         logits_TE = logits_TE.reshape(-1, num_experts).float()
         if self.reading.probabilities:
             logits_TE = self._before_softmax(logits_TE)
-        state = self._state(len(logits_TE))
         shape = (1, len(logits_TE)) if state is None else (state.rows, state.length)
+        if state is not None and state.packing is not None:
+            logits_TE = state.packing.spread(logits_TE)
         return logits_TE.reshape((*shape, num_experts))
 
     def after_logits(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -149,7 +195,7 @@ class RoutedBlock:
     def _state(self, tokens: int) -> PassState | None:
         """The pass, if it is one of this many tokens."""
         state = self.passing.state
-        if state is not None and state.rows * state.length == tokens:
+        if state is not None and state.tokens == tokens:
             return state
         if self.live and self._looks_around():
             shape = "unknown shape" if state is None else f"{state.rows} x {state.length} tokens"
@@ -164,8 +210,8 @@ class RoutedBlock:
             return False
         return not all(rule.causal and rule.batch_invariant for rule in (self.router.select, self.router.score))
 
-    def _context(self, tokens: int, device: torch.device) -> Context:
-        passing, state, bias = self.passing, self._state(tokens), None
+    def _context(self, state: PassState | None, device: torch.device) -> Context:
+        passing, bias = self.passing, None
         if self.reading.bias is not None and self.router.score == self.reading.score:
             bias = tensor_at(self.block.parent, self.reading.bias).float().flatten()
         return Context(
@@ -180,38 +226,40 @@ class RoutedBlock:
 
     def _executed(self, output: Any) -> Assignment:
         """The family's own choice; padding, which it routes too, is not recorded."""
-        num_experts = self.reading.num_experts
-        if self.reading.hands_over == "dense":
-            weight_TE = output[0].reshape(-1, num_experts)
-            mask_TE = weight_TE > 0
-            return Assignment.from_mask(mask_TE & self._valid(mask_TE), weight_TE)
-        weight_TK, index_TK = (part.reshape(-1, part.shape[-1]) for part in output[1:])
-        mask_TE = torch.zeros(len(index_TK), num_experts, dtype=torch.bool, device=index_TK.device)
-        mask_TE = mask_TE.scatter(-1, index_TK, True)
-        weight_TE = weight_TK.new_zeros(mask_TE.shape).scatter(-1, index_TK, weight_TK)
-        return Assignment.from_mask(mask_TE & self._valid(mask_TE), weight_TE)
-
-    def _valid(self, mask_TE: Tensor) -> Tensor:
+        reading = self.reading
+        mask_TE, weight_TE = chosen_in(output, reading.hands_over, reading.num_experts, skips=reading.skips)
         state = self._state(len(mask_TE))
-        if state is None or state.valid_BS is None:
-            return torch.ones_like(mask_TE[:, :1])
-        return state.valid_BS.reshape(-1, 1).to(mask_TE.device)
+        if state is not None and state.packing is not None:  # every token is one of a sequence
+            return state.packing.spread_pairs(Assignment.from_mask(mask_TE, weight_TE))
+        if state is not None and state.valid_BS is not None:
+            mask_TE = mask_TE & state.valid_BS.reshape(-1, 1).to(mask_TE.device)
+        return Assignment.from_mask(mask_TE, weight_TE)
 
     def _scaled(self, assignment: Assignment) -> Assignment:
-        """With the family's factor of each expert, if it has one."""
+        """With the family's factor of each expert or of all, if it has one."""
         if self.reading.factor is None:
             return assignment
         factor_E = tensor_at(self.block.parent, self.reading.factor).flatten()
-        return assignment.with_weights(assignment.weight_P * factor_E[assignment.expert_P].to(assignment.weight_P))
+        factor_P = factor_E if factor_E.numel() == 1 else factor_E[assignment.expert_P]
+        return assignment.with_weights(assignment.weight_P * factor_P.to(assignment.weight_P))
 
-    def _handed_over(self, output: Any, assignment: Assignment) -> Any:
-        """The assignment in the form in which the family's router hands over its own."""
-        if self.reading.hands_over == "dense":
-            return assignment.to_dense().to(output[0].dtype).reshape(output[0].shape), output[1]
-        weight_TK, index_TK = rectangular(assignment.compact())
-        lead = output[2].shape[:-1]
-        index_TK = index_TK.to(output[2].dtype).reshape(*lead, -1)
-        return output[0], weight_TK.to(output[1].dtype).reshape(*lead, -1), index_TK
+    def _beside(self, given: tuple[Tensor, ...], state: PassState | None) -> Beside:
+        """The logits of shared experts, which the family's router computes and does not say."""
+        assert self.reading.shared is not None
+        weight_ND = tensor_at(self.block.parent, self.reading.shared)[self.reading.num_experts :]
+        x_TD = given[0].reshape(-1, given[0].shape[-1])
+        logits_TN = functional.linear(x_TD.float(), weight_ND.float())
+        return Beside(logits_TN if state is None or state.packing is None else state.packing.spread(logits_TN))
+
+    def _scaled_beside(self, packing: Packing | None) -> Tensor | None:
+        """The weights of shared experts that belong to the choice, (T, N), with the family's factor."""
+        beside, self.router.beside = self.router.beside, None
+        if beside is None:
+            return None
+        weight_TN = beside.weight_TN if packing is None else packing.gather(beside.weight_TN)
+        if self.reading.factor is None:
+            return weight_TN
+        return weight_TN * tensor_at(self.block.parent, self.reading.factor).flatten().float()
 
     @torch.compiler.disable
     def before_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -219,17 +267,23 @@ class RoutedBlock:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         x, index, weight = list(bound.arguments)[:3]
         x_TD, index_TK, weight_TK = (bound.arguments[name] for name in (x, index, weight))
-        taken_TK = index_TK < self.reading.num_experts
+        if self.reading.hands_over == "late":
+            said, self._said = self._said, None
+            _, weight_TK, index_TK = self._rerouted((said, weight_TK, index_TK), module.training, (x_TD,))
+            bound.arguments |= {index: index_TK, weight: weight_TK}
+        taken_TK = index_TK < self.reading.num_places
         self._flat = None
         if bool(taken_TK.all()):
-            return None
+            return bound.args, bound.kwargs
+        shape = x_TD.shape
+        x_TD = x_TD.reshape(-1, shape[-1])
         token_P = taken_TK.nonzero()[:, 0]
         expert_P, weight_P = index_TK[taken_TK], weight_TK[taken_TK]
-        self._flat = (token_P, len(x_TD))
+        self._flat = (token_P, shape[:-1])
         if not len(token_P):  # no pair at all: experts need a row, and a weight of zero makes it nothing
             token_P, expert_P = token_P.new_zeros(1), expert_P.new_zeros(1)
             weight_P = weight_P.new_zeros(1)
-            self._flat = (token_P, len(x_TD))
+            self._flat = (token_P, shape[:-1])
         bound.arguments |= {x: x_TD[token_P], index: expert_P[:, None], weight: weight_P[:, None]}
         return bound.args, bound.kwargs
 
@@ -238,26 +292,12 @@ class RoutedBlock:
         """Forward hook of the experts: sum the rows of each token, in float32 as a 16-bit sum would lose digits."""
         if self._flat is None:
             return None
-        token_P, tokens = self._flat
+        token_P, shape = self._flat
         self._flat = None
-        wide_PD = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-        summed_TD = wide_PD.new_zeros(tokens, output.shape[-1]).index_add(0, token_P, wide_PD)
-        return summed_TD.to(output.dtype)
-
-
-def rectangular(assignment: Assignment) -> tuple[Tensor, Tensor]:
-    """Weights and expert indices, each (T, K), of a ragged assignment: each token's pairs by expert, then empty
-    places of index E and weight zero. K is the most experts of any token, at least 1."""
-    tokens, num_experts = assignment.num_tokens, assignment.num_experts
-    order_P = torch.argsort(assignment.token_P, stable=True)
-    token_P = assignment.token_P[order_P]
-    count_T = assignment.experts_per_token_T()
-    place_P = torch.arange(len(token_P), device=token_P.device) - (count_T.cumsum(0) - count_T)[token_P]
-    most = max(int(count_T.max()) if tokens else 1, 1)
-    index_TK = count_T.new_full((tokens, most), num_experts)
-    index_TK[token_P, place_P] = assignment.expert_P[order_P]
-    weight_TK = assignment.weight_P.new_zeros(tokens, most)
-    return weight_TK.index_put((token_P, place_P), assignment.weight_P[order_P]), index_TK
+        wide_PD = output.reshape(len(token_P), -1)
+        wide_PD = wide_PD.float() if output.dtype in (torch.float16, torch.bfloat16) else wide_PD
+        summed_TD = wide_PD.new_zeros(shape.numel(), output.shape[-1]).index_add(0, token_P, wide_PD)
+        return summed_TD.to(output.dtype).reshape(*shape, -1)
 
 
 def detached(routing: Routing) -> Routing:

@@ -81,14 +81,9 @@ def own_routing(handle: Handle) -> OwnRouting:
     """What the model does by itself.
 
     Raises:
-        UserError: if its layers select in different ways, or its experts compute every pair anyway.
+        UserError: if its layers select in different ways.
     """
     readings = [block.reading for block in handle.blocks]
-    if any(reading.hands_over == "dense" for reading in readings):
-        raise UserError(
-            f"{type(handle.model).__name__}: this family's experts compute every pair, chosen or not, so no budget "
-            "saves anything"
-        )
     selects = [_without_k(reading.select) for reading in readings]
     if any(select != selects[0] for select in selects):
         raise UserError(f"the layers of {type(handle.model).__name__} select in different ways: {selects}")
