@@ -11,7 +11,7 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from crossways.native.loading import library, why_not_native
+from crossways.native.loading import is_loaded, library, why_not_native
 
 _SMALL = 4096
 
@@ -27,6 +27,14 @@ def fits(*tensors: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and why_not_native() is None
     )
+
+
+def ready(*tensors: Tensor) -> bool:
+    """Whether to use functions that make the same of tensors of any size as PyTorch would: for CPU tensors, where the
+    C++ parts are at hand already or `fits` says so. For few tokens they save several small operations."""
+    if not is_loaded():
+        return fits(*tensors)
+    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors) and not torch.compiler.is_compiling()
 
 
 def _at(tensor: Tensor | None) -> c_void_p:

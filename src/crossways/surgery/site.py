@@ -1,9 +1,9 @@
 """One rerouted block: hooks on its router and its experts.
 
 The family's router still computes its logits; a hook replaces what it chose. Chosen pairs leave in the family's own
-form, weights and indices (T, K), with K the most experts any token has and E as the index of an empty place. Before
-the experts see them, ragged choices become one row per pair, so that exactly the chosen pairs are computed, by
-whatever experts implementation the model uses.
+form, weights and indices (T, K), with K the most experts any token has and E as the index of an empty place. Then our
+expert compute takes them as they are (see `ragged`); where it cannot, choices become one row per pair before the
+family's own experts see them. Exactly the chosen pairs are computed either way.
 
 Legend: B batch, S sequence, T tokens, D model width, E experts, K most experts of a token, P chosen pairs.
 """
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
+from crossways.rectangle import to_rectangle
 from crossways.routing import Context, Decided, Routing
 from crossways.surgery.copying import copy_with
 from crossways.surgery.find import Block
 from crossways.surgery.pass_state import PassState
+from crossways.surgery.ragged import Experts, RaggedExperts, take_over
 from crossways.surgery.reading import Reading, tensor_at
 from crossways.surgery.site_router import SiteRouter
 
@@ -49,13 +51,16 @@ class RoutedBlock:
     active = True
     """Whether the hooks do anything; false on copies of a router that outlive `remove`."""
 
-    def __init__(self, block: Block, reading: Reading, router: SiteRouter, *, own: bool) -> None:
+    def __init__(
+        self, block: Block, reading: Reading, router: SiteRouter, *, own: bool, experts: Experts | None = None
+    ) -> None:
         """
         Args:
             block: what is rerouted.
             reading: what its router does by itself.
             router: what decides instead.
             own: whether the rule is the family's own, which then runs untouched.
+            experts: who computes the chosen pairs; None is ours where it is known to be faster.
         """
         self.block, self.reading, self.router, self.own = block, reading, router, own
         self.passing = BlockPass()
@@ -67,7 +72,11 @@ class RoutedBlock:
         if reading.logits_from is not None:
             source = block.router.get_submodule(reading.logits_from)
             self._handles.append(source.register_forward_hook(self.after_logits))
-        if reading.hands_over == "pairs":
+        self.ragged: RaggedExperts | None = None
+        self.computed_by = ""
+        if reading.hands_over == "pairs" and not own:
+            self.ragged, self.computed_by = take_over(block.experts, self, experts)
+        if reading.hands_over == "pairs" and self.ragged is None:
             self._handles += [
                 block.experts.register_forward_pre_hook(self.before_experts, with_kwargs=True),
                 block.experts.register_forward_hook(self.after_experts),
@@ -78,6 +87,8 @@ class RoutedBlock:
         self.active = False
         for handle in self._handles:
             handle.remove()
+        if self.ragged is not None:
+            self.ragged.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a pass, which may hold a graph of gradients."""
@@ -208,7 +219,7 @@ class RoutedBlock:
         """The assignment in the form in which the family's router hands over its own."""
         if self.reading.hands_over == "dense":
             return assignment.to_dense().to(output[0].dtype).reshape(output[0].shape), output[1]
-        weight_TK, index_TK = rectangular(assignment.compact())
+        weight_TK, index_TK = to_rectangle(assignment.compact())
         lead = output[2].shape[:-1]
         index_TK = index_TK.to(output[2].dtype).reshape(*lead, -1)
         return output[0], weight_TK.to(output[1].dtype).reshape(*lead, -1), index_TK
@@ -216,8 +227,8 @@ class RoutedBlock:
     @torch.compiler.disable
     def before_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the experts: one row per chosen pair, unless every place is taken."""
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        x, index, weight = list(bound.arguments)[:3]
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        _, x, index, weight = list(bound.arguments)[:4]
         x_TD, index_TK, weight_TK = (bound.arguments[name] for name in (x, index, weight))
         taken_TK = index_TK < self.reading.num_experts
         self._flat = None
@@ -231,7 +242,7 @@ class RoutedBlock:
             weight_P = weight_P.new_zeros(1)
             self._flat = (token_P, len(x_TD))
         bound.arguments |= {x: x_TD[token_P], index: expert_P[:, None], weight: weight_P[:, None]}
-        return bound.args, bound.kwargs
+        return bound.args[1:], bound.kwargs
 
     @torch.compiler.disable
     def after_experts(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -243,21 +254,6 @@ class RoutedBlock:
         wide_PD = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
         summed_TD = wide_PD.new_zeros(tokens, output.shape[-1]).index_add(0, token_P, wide_PD)
         return summed_TD.to(output.dtype)
-
-
-def rectangular(assignment: Assignment) -> tuple[Tensor, Tensor]:
-    """Weights and expert indices, each (T, K), of a ragged assignment: each token's pairs by expert, then empty
-    places of index E and weight zero. K is the most experts of any token, at least 1."""
-    tokens, num_experts = assignment.num_tokens, assignment.num_experts
-    order_P = torch.argsort(assignment.token_P, stable=True)
-    token_P = assignment.token_P[order_P]
-    count_T = assignment.experts_per_token_T()
-    place_P = torch.arange(len(token_P), device=token_P.device) - (count_T.cumsum(0) - count_T)[token_P]
-    most = max(int(count_T.max()) if tokens else 1, 1)
-    index_TK = count_T.new_full((tokens, most), num_experts)
-    index_TK[token_P, place_P] = assignment.expert_P[order_P]
-    weight_TK = assignment.weight_P.new_zeros(tokens, most)
-    return weight_TK.index_put((token_P, place_P), assignment.weight_P[order_P]), index_TK
 
 
 def detached(routing: Routing) -> Routing:
