@@ -70,6 +70,7 @@ def both(monkeypatch, run):
     monkeypatch.setattr(routing, "_SMALL", 0)
     native = run()
     monkeypatch.setattr(routing, "fits", lambda *_: False)
+    monkeypatch.setattr(routing, "ready", lambda *_: False)
     return native, run()
 
 

@@ -53,7 +53,19 @@ def fused(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor
     """
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return forward(*inputs, assignment.token_P, assignment.offsets_E1, activation.name, save)[0]
+    arguments = (*inputs, assignment.token_P, assignment.offsets_E1, activation.name, save)
+    return forward(*arguments)[0] if save or _is_watched(x_TD) else _forward(*arguments)[0]
+
+
+def _is_watched(x_TD: Tensor) -> bool:
+    """Whether somebody looks at operators, so that what we do has to be one: compilers, tracers, transforms. Without
+    them the detour through PyTorch's dispatcher is a good part of the time that a few tokens take."""
+    return (
+        type(x_TD) not in (Tensor, torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _tensors(
@@ -92,8 +104,7 @@ def _kept(x_TD: Tensor, up_EHD: Tensor, token_P: Tensor, save: bool) -> Tensor:
     return x_TD.new_empty((token_P.shape[0] + 31 * experts) * rows if save else 0)
 
 
-@torch.library.custom_op("crossways::fused_experts", mutates_args=(), device_types="cpu")
-def forward(
+def _forward(
     x_TD: Tensor,
     weight_P: Tensor,
     up_EHD: Tensor,
@@ -115,6 +126,9 @@ def forward(
         )
     library().crossways_experts_forward(ctypes.byref(problem), int(x_TD.dtype == torch.bfloat16))
     return tensors["y"], kept
+
+
+forward = torch.library.custom_op("crossways::fused_experts", _forward, mutates_args=(), device_types="cpu")
 
 
 @forward.register_fake

@@ -32,9 +32,9 @@ def fits(*tensors: Tensor | None) -> bool:
 def ready(*tensors: Tensor) -> bool:
     """Whether to use functions that make the same of tensors of any size as PyTorch would: for CPU tensors, where the
     C++ parts are at hand already or `fits` says so. For few tokens they save several small operations."""
-    if not is_loaded():
-        return fits(*tensors)
-    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors) if is_loaded() else fits(*tensors)
 
 
 def _at(tensor: Tensor | None) -> c_void_p:

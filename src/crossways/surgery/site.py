@@ -11,6 +11,7 @@ Legend: B batch, S sequence, T tokens, D model width, E experts, K most experts 
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,15 +114,12 @@ class RoutedBlock:
         if not self.active:
             return output
         logits_TE = output[1] if self.reading.hands_over == "dense" else output[0]
-        self.router.to(logits_TE.device).train(module.training)
+        self.router.follow(logits_TE.device, training=module.training)
         untouched = self._untouched()
-        self.router.executed = self._executed(output) if untouched else None
-        try:
+        with self.router.repeating(self._executed(output)) if untouched else nullcontext():
             logits_BSE = self._rows(logits_TE)
             tokens = logits_BSE.shape[0] * logits_BSE.shape[1]
             routing = self.router(logits_BSE, self._context(tokens, logits_BSE.device))
-        finally:
-            self.router.executed = None
         if self.live:
             self.routing = detached(routing)
         return output if untouched else self._handed_over(output, self._scaled(routing.assignment))
@@ -258,6 +256,8 @@ class RoutedBlock:
 
 def detached(routing: Routing) -> Routing:
     """Without the graph of gradients, which would otherwise live until the next pass."""
+    if not (routing.logits_TE.requires_grad or routing.assignment.weight_P.requires_grad):
+        return routing
     pairs = routing.assignment.with_weights(routing.assignment.weight_P.detach())
     logits_TE, scores_TE = routing.logits_TE.detach(), routing.scores_TE.detach()
     return replace(routing, logits_TE=logits_TE, scores_TE=scores_TE, assignment=pairs)
