@@ -1,6 +1,7 @@
 """The `fused` backend: C++ that takes a group of tokens all the way through an expert while both are in the cache.
 
-It is compiled on first use (`crossways.native`); `native/experts.cpp` says what it does and why it is fast. Here are
+It is compiled on first use (`crossways.native`); `native/experts.cpp` says what it does and why it is fast, and
+`native/few.cpp` what is done for the few tokens of a step of generation. Here are
 the operators that PyTorch sees: opaque to `torch.compile`, so that a compiled layer has no graph break.
 
 Legend: T tokens, P pairs, E experts, D model width, F expert width, H rows of the first matrix (2F gated, F plain).
@@ -18,6 +19,8 @@ from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.native import library, why_not_native
 
+_FEW_TOKENS = {torch.float32: 16, torch.bfloat16: 4}
+"""Up to how many tokens reading the weights is the limit, so that `native/few.cpp` is faster; without gradients."""
 _FUNCTIONS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "reglu": 2, "relu": 2}
 
 
@@ -124,7 +127,9 @@ def _forward(
             f"the assignment does not fit: a token outside [0, {len(x_TD)}), or offsets that are not its pairs'; "
             "build it with Assignment.from_pairs, from_topk or from_mask"
         )
-    library().crossways_experts_forward(ctypes.byref(problem), int(x_TD.dtype == torch.bfloat16))
+    few = len(x_TD) <= _FEW_TOKENS[x_TD.dtype] and not save
+    run = library().crossways_experts_few if few else library().crossways_experts_forward
+    run(ctypes.byref(problem), int(x_TD.dtype == torch.bfloat16))
     return tensors["y"], kept
 
 
