@@ -57,6 +57,7 @@ class RaggedExperts:
                 faster, and never instead of an implementation that somebody chose.
         """
         self.module, self.site, self.asked = module, site, asked
+        self._plans: dict[tuple[Any, ...], tuple[Activation, str] | str] = {}
         self._names = list(inspect.signature(type(module).forward).parameters)[1:4]
 
     def install(self) -> str | None:
@@ -81,22 +82,39 @@ class RaggedExperts:
             own["_old_forward"] = MethodType(type(self.module).forward, self.module)
 
     def plan(self) -> tuple[Activation, str] | str:
-        """The activation and the backend to compute by now, or why the family's own compute is left in place."""
+        """The activation and the backend to compute by now, or why the family's own compute is left in place.
+
+        Made once for each state of the module, as making it takes longer than the pairs of one token.
+        """
         module: Any = self.module
-        chosen = getattr(module.config, "_experts_implementation", None) if hasattr(module, "config") else None
-        if not self.asked and chosen not in (None, DEFAULT, NAME):
-            return f"the model computes its experts by {chosen!r}"
-        activation = plain_activation(module)
-        if isinstance(activation, str):
-            return activation
-        device, dtype = module.down_proj.device, module.down_proj.dtype
+        weight = module.down_proj
+        chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
+        state = (chosen, device.type, dtype, type(weight), type(module), module.act_fn)
+        plan = self._plans.get(state)
+        if plan is None:
+            plan = self._plans[state] = self._plan(chosen, device, dtype)
+        return plan
+
+    def _plan(
+        self, chosen: str | None, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Activation, str] | str:
+        if not self.asked and chosen not in (None, DEFAULT, NAME):
+            return f"the model computes its experts by {chosen!r}"
+        activation = plain_activation(self.module)
+        if isinstance(activation, str):
+            return activation
         if self.asked or chosen == NAME:
             return activation, resolve_backend("auto", device, dtype)
         if device.type != "cpu":
             return f"on {device.type} they are computed by crossways only if asked for"
         return why_not("fused", device, dtype) or (activation, "fused")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without plans, which belong to this machine."""
+        return vars(self) | {"_plans": {}}
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -101,7 +101,10 @@ class RoutedBlock:
     def begin(self, state: PassState | None, *, causal: bool, decided: Decided | None = None) -> None:
         """Start a pass."""
         self.live, self.routing = True, None
-        estimates = self.router.snapshot("cutoff"), self.router.snapshot("normaliser")
+        if torch.is_grad_enabled():
+            estimates = self.router.snapshot("cutoff"), self.router.snapshot("normaliser")
+        else:  # nothing is computed again
+            estimates = self.router._buffers.get("cutoff"), self.router._buffers.get("normaliser")
         self.passing = BlockPass(state, causal, *estimates, decided)
 
     def end(self) -> None:
