@@ -19,7 +19,13 @@ def to_rectangle(assignment: Assignment) -> tuple[Tensor, Tensor]:
     """
     tokens, num_experts = assignment.num_tokens, assignment.num_experts
     if routing.ready(assignment.token_P, assignment.expert_P):
-        index_TK, place_P = rectangle.places(assignment.token_P, assignment.expert_P, tokens, num_experts)
+        weight_P: Tensor | None = assignment.weight_P
+        if weight_P.dtype != torch.float32 or (torch.is_grad_enabled() and weight_P.requires_grad):
+            weight_P = None
+        pairs = assignment.token_P, assignment.expert_P, weight_P
+        index_TK, place_P, weight_TK = rectangle.places(*pairs, tokens, num_experts)
+        if weight_TK is not None:
+            return weight_TK, index_TK
     else:
         order_P = torch.argsort(assignment.token_P, stable=True)
         token_P = assignment.token_P[order_P]
