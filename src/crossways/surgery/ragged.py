@@ -98,9 +98,7 @@ class RaggedExperts:
             plan = self._plans[state] = self._plan(chosen, device, dtype)
         return plan
 
-    def _plan(
-        self, chosen: str | None, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Activation, str] | str:
+    def _plan(self, chosen: str | None, device: torch.device, dtype: torch.dtype) -> tuple[Activation, str] | str:
         if not self.asked and chosen not in (None, DEFAULT, NAME):
             return f"the model computes its experts by {chosen!r}"
         activation = plain_activation(self.module)
@@ -134,9 +132,7 @@ class RaggedExperts:
         bound = inspect.signature(forward).bind(self.module, *args, **kwargs).arguments
         return [bound[name] for name in self._names]
 
-    def _as_the_family(
-        self, forward: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _as_the_family(self, forward: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         args, kwargs = self.site.before_experts(self.module, args, kwargs) or (args, kwargs)
         output = forward(self.module, *args, **kwargs)
         summed = self.site.after_experts(self.module, args, output)
@@ -162,4 +158,6 @@ def take_over(module: nn.Module, site: Site, experts: Experts | None) -> tuple[R
     if reason is not None:
         return None, f"experts by transformers: {reason}"
     plan = ragged.plan()
-    return ragged, f"experts by transformers: {plan}" if isinstance(plan, str) else f"experts by crossways ({plan[1]})"
+    return ragged, f"experts by transformers: {plan}" if isinstance(
+        plan, str
+    ) else f"experts by crossways ({plan[1]})"
