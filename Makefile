@@ -58,6 +58,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/routing.py
+	$(BIN)/python benchmarks/reroute.py
 	$(BIN)/python benchmarks/gpu_experts.py
 	$(BIN)/python benchmarks/train_throughput.py
 

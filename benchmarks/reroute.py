@@ -2,11 +2,11 @@
 
     python benchmarks/reroute.py [--model olmoe qwen2-moe] [--dtype float32 bfloat16] [--seconds 6]
 
-Contenders share the weights and run in turn. A cell holds the time of the rerouted model over the time of the original
-in the same round, median and half the interquartile range: over the original as it is loaded (transformers'
+Contenders share the weights and run in turn. A cell holds the time of the rerouted model over the time of the
+original in the same round, median and half the interquartile range: over the original as it is loaded (transformers'
 `grouped_mm`), and over the original with our expert compute, which alone says what routing anew costs and what fewer
-pairs save. Scoring is a full pass; generation feeds given tokens one at a time into a cache. Before anything is timed,
-the outputs of every rerouted model are compared with those of the family's own experts, one row for each pair.
+pairs save. Scoring is a full pass; generation feeds given tokens one at a time into a cache. Before anything is
+timed, the outputs of every rerouted model are compared with those of the family's own experts, one row for each pair.
 
 Legend: B rows, S tokens of a row.
 """
@@ -18,6 +18,7 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def olmoe() -> Any:
             num_attention_heads=8,
             num_experts=64,
             num_experts_per_tok=8,
+            eos_token_id=1,
         )
     )
 
@@ -169,9 +171,7 @@ def compare(name: str, dtype: torch.dtype, seconds: float) -> None:
             check(task, ours, reference, TOLERANCE[dtype])
         contenders = {"original": model, "with ours": with_ours}
         contenders |= {f"{rule} {share}": ours for (rule, share), (ours, _) in made.items()}
-        runs = {label: lambda one=one: task.run(one) for label, one in contenders.items()}  # type: ignore[misc]
-        times = in_turn(runs, seconds)
-        rows, length = task.ids_BS.shape
+        times = in_turn({label: partial(task.run, one) for label, one in contenders.items()}, seconds)
         milliseconds = 1e3 * statistics.median(times["original"])
         line([name, task.name, "original", k, f"{milliseconds:.1f} ms", ratio(times["original"], times["with ours"])])
         for (rule, share), (ours, _) in made.items():

@@ -1,5 +1,5 @@
-"""The rectangular form of routing, in which transformers' families hand it over: weights and experts (T, K), with E in
-the places of tokens that have fewer than K experts.
+"""The rectangular form of routing, in which transformers' families hand it over: weights and experts (T, K), with E
+in the places of tokens that have fewer than K experts.
 
 Legend: T tokens, P pairs, E experts, K places of a token.
 """
@@ -19,10 +19,9 @@ def to_rectangle(assignment: Assignment) -> tuple[Tensor, Tensor]:
     """
     tokens, num_experts = assignment.num_tokens, assignment.num_experts
     if routing.ready(assignment.token_P, assignment.expert_P):
-        weight_P: Tensor | None = assignment.weight_P
-        if weight_P.dtype != torch.float32 or (torch.is_grad_enabled() and weight_P.requires_grad):
-            weight_P = None
-        pairs = assignment.token_P, assignment.expert_P, weight_P
+        weight_P = assignment.weight_P
+        plain = weight_P.dtype == torch.float32 and not (torch.is_grad_enabled() and weight_P.requires_grad)
+        pairs = assignment.token_P, assignment.expert_P, weight_P if plain else None
         index_TK, place_P, weight_TK = rectangle.places(*pairs, tokens, num_experts)
         if weight_TK is not None:
             return weight_TK, index_TK

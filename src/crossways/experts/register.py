@@ -92,7 +92,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         short = plan.backend.removeprefix("transformers:")
         forward = ALL_EXPERTS_FUNCTIONS.get(short, getattr(type(self).forward, "__wrapped__", None))
         return forward(self, hidden_states, top_k_index, top_k_weights)
-    assignment = _assignment(self, top_k_index, top_k_weights, self.down_proj.shape[0])
+    module: Any = self
+    assignment = _assignment(module, top_k_index, top_k_weights, module.down_proj.shape[0])
     return compute_module(self, hidden_states, assignment, plan.activation, plan.backend)
 
 

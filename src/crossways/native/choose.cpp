@@ -6,11 +6,11 @@
 
 extern "C" {
 
-// Chosen are the pairs that are not below their cutoff, or, with `k` above 0, each token's k greatest, earlier ones of
-// equals first, a NaN before all; of these the ones that `allowed` allows (null allows all). Their weights are the
-// scores, divided by the token's sum if `renormalize`, times `scale`. token, expert and weight have room for T E pairs.
+// Chosen are the pairs that are not below their cutoff and that `allowed` allows (null allows all), or, with `k` above
+// 0, those in index (T, K). Their weights are the scores, divided by the token's sum if `renormalize`, times `scale`.
+// token, expert and weight have room for T E pairs.
 void crossways_choose(const float* choice, const float* scores, const uint8_t* allowed, const float* cutoff,
-                      int64_t cutoffs, int64_t k, int64_t tokens, int64_t experts, int64_t renormalize, float scale,
+                      int64_t cutoffs, const int64_t* index, int64_t k, int64_t tokens, int64_t experts, int64_t renormalize, float scale,
                       int64_t* token, int64_t* expert, float* weight, int64_t* offsets) {
   std::vector<uint8_t> chosen(tokens * experts);
   for (int64_t t = 0; t < tokens; t++) {
@@ -18,12 +18,7 @@ void crossways_choose(const float* choice, const float* scores, const uint8_t* a
     uint8_t* mine = chosen.data() + t * experts;
     for (int64_t e = 0; !k && e < experts; e++)
       mine[e] = !(row[e] < cutoff[cutoffs > 1 ? e : 0]) && (!allowed || allowed[t * experts + e]);
-    for (int64_t i = 0; i < k; i++) {
-      int64_t best = -1;
-      for (int64_t e = 0; e < experts; e++)
-        if (!mine[e] && (best < 0 || row[e] > row[best] || (row[e] != row[e] && row[best] == row[best]))) best = e;
-      mine[best] = 1;
-    }
+    for (int64_t i = 0; i < k; i++) mine[index[t * k + i]] = 1;
   }
   std::vector<float> sum(tokens);
   int64_t pairs = offsets[0] = 0;

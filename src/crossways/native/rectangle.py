@@ -1,5 +1,5 @@
-"""Between pairs sorted by expert and the rectangular form of routing, on the CPU, in C++; `crossways.rectangle` keeps a
-plain PyTorch path beside it.
+"""Between pairs sorted by expert and the rectangular form of routing, on the CPU, in C++; `crossways.rectangle` keeps
+a plain PyTorch path beside it.
 
 Legend: T tokens, P pairs, E experts, K places of a token.
 """
@@ -29,7 +29,7 @@ def places(
 
     Returns:
         Each token's experts, int64 (T, K), then E in places that are empty, with K the most experts of any token, at
-        least 1; where each pair lies in it, counted row by row, int64 (P,); and, where they were given, weights (T, K).
+        least 1; where each pair lies in it, counted row by row, int64 (P,); and weights (T, K), if given.
     """
     token_P, expert_P = token_P.contiguous(), expert_P.contiguous()
     weight_P = None if weight_P is None else weight_P.contiguous()

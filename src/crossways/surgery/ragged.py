@@ -1,9 +1,9 @@
 """The chosen pairs of a rerouted block straight to our expert compute.
 
-transformers' implementations of the experts want the same number of pairs for every token. A rule that chooses as many
-as it likes would have to give each pair a row of its own, gathered before and summed up afterwards, which costs more
-than the pairs that it saves. Our own expert compute takes pairs as they are, so where the experts have the plain layout
-it stands in for their `forward`, on the instance, until the handle is undone.
+transformers' implementations of the experts want the same number of pairs for every token. A rule that chooses as
+many as it likes would have to give each pair a row of its own, gathered before and summed up afterwards, which costs
+more than the pairs that it saves. Our own expert compute takes pairs as they are, so where the experts have the plain
+layout it stands in for their `forward`, on the instance, until the handle is undone.
 
 Legend: T tokens, E experts, D model width, K most experts of a token.
 """

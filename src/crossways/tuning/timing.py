@@ -43,8 +43,8 @@ class Timed:
     speedup_high: float
     """Third quartile of the ratio."""
     by_experts: float | None = None
-    """What the same original gains from our expert compute alone, median of the ratio: this part of the speedup is not
-    due to the routing. None where both compute experts alike."""
+    """What the same original gains from our expert compute alone, median of the ratio: this part of the speedup is
+    not due to the routing. None where both compute experts alike."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ def notes(timing: Timing, sequence: Sequence[float]) -> list[str]:
     found = [f"Experts are computed by {timing.experts}: {NOTES.get(timing.experts, 'unknown to us')}."]
     if timing.chosen_experts:
         found.append(
-            f"Under the chosen routing they are computed by {timing.chosen_experts}, which takes pairs as they are. The "
-            "original would run at another speed with that, too; only what is beyond it is due to fewer pairs."
+            f"Under the chosen routing they are computed by {timing.chosen_experts}, which takes pairs as they are. "
+            "The original would run at another speed with that, too; only what is beyond it is due to fewer pairs."
         )
         found += [f"{each.task}: by the experts alone × {each.by_experts:.2f}." for each in timing.timed]
     elif ragged:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.native import library, routing
-from crossways.rules.select.base import Selection
+from crossways.rules.select.base import Selection, top_k_index
 from crossways.rules.select.threshold import Threshold
 from crossways.rules.select.top_k import TopK
 
@@ -41,6 +41,7 @@ def few_pairs(
     pairs = torch.empty(2 * tokens * experts, dtype=torch.int64)
     weight_P = torch.empty(tokens * experts)
     offsets_E1 = torch.empty(experts + 1, dtype=torch.int64)
+    index_TK = top_k_index(choice_BSE.reshape(tokens, experts), rule.k) if isinstance(rule, TopK) else None
     # Named, so that they live until the call is over.
     cutoff_C, choice_BSE, scores_BSE = _cutoff(rule), choice_BSE.contiguous(), scores_BSE.contiguous()
     allowed_BSE = None if allowed_BSE is None else allowed_BSE.contiguous()
@@ -51,7 +52,8 @@ def few_pairs(
         routing._at(allowed_BSE),
         routing._at(cutoff_C),
         c_int64(1 if cutoff_C is None else cutoff_C.numel()),
-        c_int64(rule.k if isinstance(rule, TopK) else 0),
+        routing._at(index_TK),
+        c_int64(0 if index_TK is None else index_TK.shape[1]),
         c_int64(tokens),
         c_int64(experts),
         c_int64(renormalize),
