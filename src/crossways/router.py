@@ -123,7 +123,7 @@ class Router(Learnt):
         def decide(deciding_BSE: Tensor, allowed_BSE: Tensor | None) -> Routing:
             weighing_BSE = deciding_BSE if out.choice_BSE is None else out.logits_BSE
             routing = self._decide(weighing_BSE, deciding_BSE, allowed_BSE, context)
-            if out is not said:  # logits alone: nothing to add
+            if isinstance(said, Tensor):  # logits alone: nothing to add
                 return routing
             noise = None if out.noise is None else out.noise.flatten()
             cosine_TE = None if out.cosine_BSE is None else out.cosine_BSE.flatten(0, 1)
