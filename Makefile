@@ -60,6 +60,7 @@ BENCH ?=
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+	$(BIN)/python benchmarks/reroute.py
 
 docs: $(STAMP)
 	$(BIN)/python -c "from pathlib import Path; from crossways.study.reference import recipe_reference as text; \

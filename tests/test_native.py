@@ -81,7 +81,7 @@ def both(monkeypatch, run):
     """What `run` gives with the C++ parts, and without."""
     monkeypatch.setattr(routing, "_SMALL", 0)
     native = run()
-    for name in ("fits", "solves"):
+    for name in ("fits", "ready", "solves"):
         monkeypatch.setattr(routing, name, lambda *_: False)
     return native, run()
 

@@ -55,7 +55,7 @@ class Assignment:
             num_tokens: T.
             num_experts: E.
         """
-        if routing.fits(expert_P):
+        if routing.ready(expert_P):
             order_P, expert_P, offsets_E1 = routing.sort_pairs(expert_P, num_experts)
             return cls(token_P[order_P], expert_P, weight_P[order_P], offsets_E1, num_tokens)
         # One stable sort of narrow keys: experts fit 16 bits, and narrow keys sort several times faster.
@@ -122,7 +122,7 @@ class Assignment:
         reason="the selection may choose any number of pairs, and a graph needs a bound; with a cap it is one graph"
     )
     def _from_counted_mask(cls, mask_TE: Tensor, weight_TE: Tensor) -> Assignment:
-        if routing.fits(mask_TE):
+        if routing.ready(mask_TE):
             token_P, expert_P, offsets_E1 = routing.mask_pairs(mask_TE)
         else:
             expert_P, token_P = mask_TE.t().nonzero(as_tuple=True)
@@ -195,7 +195,9 @@ class Assignment:
 
     def with_weights(self, weight_P: Tensor) -> Assignment:
         """The same pairs with other weights (P,)."""
-        return replace(self, weight_P=weight_P.where(self.chosen_P(), 0.0) if self.slack else weight_P)
+        if self.slack:
+            weight_P = weight_P.where(self.chosen_P(), 0.0)
+        return Assignment(self.token_P, self.expert_P, weight_P, self.offsets_E1, self.num_tokens, self.slack)
 
     def renormalized(self) -> Assignment:
         """The same pairs with each token's weights scaled to sum to one."""

@@ -17,6 +17,7 @@ from crossways.learnt import Learnt, Sparsity
 from crossways.routing import Context, GateOutput, Perturbation, Routing
 from crossways.rules.score import Score
 from crossways.rules.select import Selection, Threshold
+from crossways.rules.select.few import few_pairs
 from crossways.weighing import Renormalize, weighed
 
 __all__ = ["Router", "Sparsity"]
@@ -122,6 +123,8 @@ class Router(Learnt):
         def decide(deciding_BSE: Tensor, allowed_BSE: Tensor | None) -> Routing:
             weighing_BSE = deciding_BSE if out.choice_BSE is None else out.logits_BSE
             routing = self._decide(weighing_BSE, deciding_BSE, allowed_BSE, context)
+            if isinstance(said, Tensor):  # logits alone: nothing to add
+                return routing
             noise = None if out.noise is None else out.noise.flatten()
             cosine_TE = None if out.cosine_BSE is None else out.cosine_BSE.flatten(0, 1)
             routing = replace(routing, noise=noise, cosine_TE=cosine_TE)
@@ -165,16 +168,16 @@ class Router(Learnt):
         seen_C = self._cutoff_of(deciding_BSE, choice_BSE, allowed_BSE, context, seen_E)
         rule = self._selected_by(context, seen_C) if self.training or context.decided is None else None
         if context.decided is not None:
-            assignment = context.decided.among(scores_BSE, allowed_BSE)
+            assignment = self.weighted(context.decided.among(scores_BSE, allowed_BSE), scores_BSE.flatten(0, 1))
         else:
             assert rule is not None
-            assignment = rule(choice_BSE, scores_BSE, allowed_BSE)
+            assignment = self._assigned(rule, choice_BSE, scores_BSE, allowed_BSE)
         asking = rule.asking() if rule is not None and self.training else None
         return Routing(
             logits_TE=logits_BSE.flatten(0, 1),
             scores_TE=scores_BSE.flatten(0, 1),
             choice_TE=choice_BSE.detach().flatten(0, 1),
-            assignment=self.weighted(assignment, scores_BSE.flatten(0, 1)),
+            assignment=assignment,
             asked=None if asking is None else asking(choice_BSE, scores_BSE, allowed_BSE),
             earlier_load_E=self.step_load(),
             valid_T=None if context.valid_BS is None else context.valid_BS.flatten(),
@@ -194,6 +197,23 @@ class Router(Learnt):
         assignment = weighed(assignment, scores_TE, self.renormalize, self.zero_slots, self.weight_scale)
         double = assignment.weight_P.dtype == torch.float64
         return replace(assignment, weight_P=assignment.weight_P.float()) if double else assignment
+
+    def _assigned(
+        self, rule: Selection, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None
+    ) -> Assignment:
+        """The pairs that the rule chooses, with their final weights."""
+        if not self.training and isinstance(self.renormalize, bool):
+            few = few_pairs(
+                rule,
+                choice_BSE,
+                scores_BSE,
+                allowed_BSE,
+                renormalize=self.renormalize,
+                weight_scale=self.weight_scale,
+            )
+            if few is not None:
+                return few
+        return self.weighted(rule(choice_BSE, scores_BSE, allowed_BSE), scores_BSE.flatten(0, 1))
 
     def _choice(self, logits_BSE: Tensor, scores_BSE: Tensor, context: Context) -> Tensor:
         by_logits = self.select.chooses_by == "logits" or self.price_momentum is not None

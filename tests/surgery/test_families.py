@@ -121,11 +121,11 @@ def test_the_own_rule_decided_anew_comes_to_the_same(family, model, batch):
 
 
 def executed(block, into):
-    """Hook that counts what a block's experts compute, expert by expert, as their own arguments say."""
+    """Hook that counts what a block's experts are given to compute, expert by expert; E is an empty place."""
 
     def hook(module, args, kwargs, output):
         index = [*args, *kwargs.values()][1]
-        into.append(torch.bincount(index.flatten(), minlength=block.num_experts))
+        into.append(torch.bincount(index[index < block.num_experts], minlength=block.num_experts))
 
     return block.experts.register_forward_hook(hook, with_kwargs=True)
 

@@ -228,14 +228,21 @@ def test_a_window_beyond_the_context_is_refused(olmoe, tokenizer, corpus, tmp_pa
         tune(olmoe, tokenizer, corpus, tmp_path, protocol=EvaluationSettings(window=65))
 
 
-def test_the_original_is_timed_bare_and_the_choice_rerouted(run, monkeypatch):
+def test_the_original_is_timed_bare_and_the_choice_rerouted(run, olmoe, monkeypatch):
     seen = []
-    monkeypatch.setattr("crossways.tuning.timing._score", lambda model, ids: seen.append(handle_of(model)))
+
+    def note(model, ids):
+        handle = handle_of(model)
+        seen.append(model.config._experts_implementation if handle is None else handle.rule)
+
+    monkeypatch.setattr("crossways.tuning.timing._score", note)
+    before = olmoe.config._experts_implementation
     result = run(rounds=4, decode_rows=())
-    rules = [None if handle is None else handle.rule for handle in seen]
-    assert rules.count(None) == rules.count(result.chosen.setting.rule) == 5
-    assert rules[2:4] in ([None, rules[3]], [rules[2], None])
-    assert rules[2:4] == rules[6:8] != rules[4:6]
+    contenders = [before, result.chosen.setting.rule, *(["crossways"] if result.timing.chosen_experts else [])]
+    rounds = [seen[at : at + len(contenders)] for at in range(0, len(seen), len(contenders))]
+    assert rounds == [contenders, contenders[::-1]] * 2 + [contenders]
+    assert olmoe.config._experts_implementation == before
+    assert (result.timing.timed[0].by_experts is not None) == (len(contenders) == 3)
 
 
 def test_a_window_that_nobody_asked_for_fits_the_model(olmoe, tokenizer, corpus, settings, tmp_path):

@@ -48,6 +48,11 @@ def test_notes_say_what_ragged_choices_cost_and_whether_others_were_in_the_way(r
     quiet, busy = result.timing, dataclasses.replace(result.timing, load=5.0)
     assert not any("row of its own" in note for note in notes(quiet, (2.0, 1.0)))
     assert any("row of its own" in note for note in notes(quiet, (2.3, 1.0)))
+    ours = dataclasses.replace(
+        quiet, chosen_experts="crossways", timed=(dataclasses.replace(quiet.timed[0], by_experts=1.1),)
+    )
+    assert not any("row of its own" in note for note in notes(ours, (2.3, 1.0)))
+    assert "scoring: by the experts alone × 1.10." in notes(ours, (2.3, 1.0))
     assert any("in use (load average 5)" in note for note in notes(busy, (2.0,)))
 
 

@@ -27,6 +27,10 @@ def reroute_command(
     renormalize: Annotated[
         bool | None, typer.Option("--renormalize/--raw", help="Whether each token's weights sum to one.")
     ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(help="Who computes the chosen pairs: own or crossways; default: crossways where it is faster."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder for the rerouted model; default: only print.")
     ] = None,
@@ -66,7 +70,15 @@ def reroute_command(
     attached = handle_of(model)
     if attached is not None:
         attached.undo()
-    handle = reroute(model, rule, select=_spec(select), score=_spec(score), k=numbers(k), renormalize=renormalize)
+    handle = reroute(
+        model,
+        rule,
+        select=_spec(select),
+        score=_spec(score),
+        k=numbers(k),
+        renormalize=renormalize,
+        experts=experts,  # type: ignore[arg-type]  # what it may be is checked there
+    )
     console.print(handle.table())
     if corpus is not None:
         report = _calibrated(model, tokenizer, model_name, corpus, overrides or [], tokens)

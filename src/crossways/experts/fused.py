@@ -1,6 +1,7 @@
 """The `fused` backend: C++ that takes a group of tokens all the way through an expert while both are in the cache.
 
-It is compiled on first use (`crossways.native`); `native/experts.cpp` says what it does and why it is fast. Here are
+It is compiled on first use (`crossways.native`); `native/experts.cpp` says what it does and why it is fast, and
+`native/few.cpp` what is done for the few tokens of a step of generation. Here are
 the operators that PyTorch sees: opaque to `torch.compile`, so that a compiled layer has no graph break.
 
 Legend: T tokens, P pairs, E experts, D model width, F expert width, H rows of the first matrix (2F gated, F plain).
@@ -18,6 +19,8 @@ from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.native import library, why_not_native
 
+_FEW_TOKENS = {torch.float32: 16, torch.bfloat16: 4}
+"""Up to how many tokens reading the weights is the limit, so that `native/few.cpp` is faster; without gradients."""
 _FUNCTIONS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "reglu": 2, "relu": 2}
 
 
@@ -53,7 +56,19 @@ def fused(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor
     """
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return forward(*inputs, assignment.token_P, assignment.offsets_E1, activation.name, save)[0]
+    arguments = (*inputs, assignment.token_P, assignment.offsets_E1, activation.name, save)
+    return forward(*arguments)[0] if save or _is_watched(x_TD) else _forward(*arguments)[0]
+
+
+def _is_watched(x_TD: Tensor) -> bool:
+    """Whether somebody looks at operators, so that what we do has to be one: compilers, tracers, transforms. Without
+    them the detour through PyTorch's dispatcher is a good part of the time that a few tokens take."""
+    return (
+        type(x_TD) not in (Tensor, torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _tensors(
@@ -92,8 +107,7 @@ def _kept(x_TD: Tensor, up_EHD: Tensor, token_P: Tensor, save: bool) -> Tensor:
     return x_TD.new_empty((token_P.shape[0] + 31 * experts) * rows if save else 0)
 
 
-@torch.library.custom_op("crossways::fused_experts", mutates_args=(), device_types="cpu")
-def forward(
+def _forward(
     x_TD: Tensor,
     weight_P: Tensor,
     up_EHD: Tensor,
@@ -113,8 +127,13 @@ def forward(
             f"the assignment does not fit: a token outside [0, {len(x_TD)}), or offsets that are not its pairs'; "
             "build it with Assignment.from_pairs, from_topk or from_mask"
         )
-    library().crossways_experts_forward(ctypes.byref(problem), int(x_TD.dtype == torch.bfloat16))
+    few = len(x_TD) <= _FEW_TOKENS[x_TD.dtype] and not save
+    run = library().crossways_experts_few if few else library().crossways_experts_forward
+    run(ctypes.byref(problem), int(x_TD.dtype == torch.bfloat16))
     return tensors["y"], kept
+
+
+forward = torch.library.custom_op("crossways::fused_experts", _forward, mutates_args=(), device_types="cpu")
 
 
 @forward.register_fake

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.experts.compute import compute_experts, resolve_backend
+from crossways.rectangle import from_rectangle
 
 NAME = "crossways"
 _PROBE = (-6.0, -2.5, -1.0, -0.3, 0.0, 0.4, 1.0, 2.0, 5.0)
@@ -90,18 +92,15 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         short = plan.backend.removeprefix("transformers:")
         forward = ALL_EXPERTS_FUNCTIONS.get(short, getattr(type(self).forward, "__wrapped__", None))
         return forward(self, hidden_states, top_k_index, top_k_weights)
-    up_EHD, down_EDF = _matrices(self)
-    assignment = _assignment(self, top_k_index, top_k_weights, len(down_EDF))
-    x_TD = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(up_EHD.dtype)
-    y_TD = compute_experts(x_TD, assignment, up_EHD, down_EDF, plan.activation, plan.backend)
-    return y_TD.to(hidden_states.dtype)
+    module: Any = self
+    assignment = _assignment(module, top_k_index, top_k_weights, module.down_proj.shape[0])
+    return compute_module(self, hidden_states, assignment, plan.activation, plan.backend)
 
 
 def _assignment(module: Any, index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Assignment:
     # Looking for sentinels would make a GPU wait, so there we trust the module to say whether there are any.
     if index_TK.is_cpu or module._is_expert_parallel:
-        known = Assignment.from_topk(index_TK.clamp(max=num_experts), weight_TK, num_experts + 1)
-        return known.of_experts(0, num_experts)
+        return from_rectangle(index_TK, weight_TK, num_experts)
     return Assignment.from_topk(index_TK, weight_TK, num_experts)
 
 
@@ -118,15 +117,37 @@ def _is_experts(module: Any) -> bool:
 
 def plan_experts(module: nn.Module) -> Plan:
     """How `module` would be run: in ours where its layout is the plain one, else in transformers'."""
-    activation = _activation(module)
+    activation = plain_activation(module)
     if isinstance(activation, str):
         return Plan(_fallback(module), activation)
     up_EHD, _ = _matrices(module)
     return Plan(resolve_backend("auto", up_EHD.device, up_EHD.dtype), None, activation)
 
 
-def _activation(module: Any) -> Activation | str:
+def compute_module(
+    module: nn.Module, x: Tensor, assignment: Assignment, activation: Activation, backend: str = "auto"
+) -> Tensor:
+    """What an experts module of the plain layout computes for an assignment.
+
+    Args:
+        module: the experts; its weights are read once, as adapters may make them anew each time.
+        x: (T, D).
+        assignment: the pairs.
+        activation: `plain_activation` of the module.
+        backend: as for `compute_experts`.
+
+    Returns:
+        (T, D) in the dtype of `x`.
+    """
+    up_EHD, down_EDF = _matrices(module)
+    x_TD = x if torch.is_autocast_enabled(x.device.type) else x.to(up_EHD.dtype)
+    return compute_experts(x_TD, assignment, up_EHD, down_EDF, activation, backend).to(x.dtype)
+
+
+def plain_activation(module: Any) -> Activation | str:
     """What stands between the module's matrices, or why the module is not ours to run."""
+    if not _is_experts(module):
+        return "its experts do not say how their weights lie"
     if module.has_bias:
         return "its experts have biases"
     if module.has_post_expert_norm:
@@ -146,6 +167,7 @@ def _activation(module: Any) -> Activation | str:
     return Activation(_GATED[name] if module.has_gate else name)
 
 
+@lru_cache(maxsize=32)
 def _name_of(function: Any) -> str | None:
     """Which known function this is: told by its values, as transformers has several classes for each."""
     probe = torch.tensor(_PROBE, dtype=torch.float64)

@@ -34,6 +34,11 @@ def why_not_native() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def is_loaded() -> bool:
+    """Whether the C++ parts are at hand, without building or loading them."""
+    return bool(_load.cache_info().currsize) and why_not_native() is None
+
+
 def library() -> ctypes.CDLL:
     """The loaded library.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossways.native.loading import library, why_not_native
+from crossways.native.loading import is_loaded, library, why_not_native
 
 _SMALL = 4096
 
@@ -32,6 +32,14 @@ def solves(*tensors: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and why_not_native() is None
     )
+
+
+def ready(*tensors: Tensor) -> bool:
+    """Whether to use functions that make the same of tensors of any size as PyTorch would: for CPU tensors, where the
+    C++ parts are at hand already or `fits` says so. For few tokens they save several small operations."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors) if is_loaded() else fits(*tensors)
 
 
 def _at(tensor: Tensor | None) -> c_void_p:

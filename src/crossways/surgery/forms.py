@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crossways.assignment import Assignment
+from crossways.rectangle import to_rectangle
 
 Form = Literal["pairs", "dense", "sorted", "late"]
 """`pairs`: the router returns (logits, weights, indices), both (T, K), and perhaps more.
@@ -86,7 +87,7 @@ def handed_over(
         return _sorted(output, pairs)
     if skips:
         pairs = pairs.of_experts(0, pairs.num_experts - 1)
-    weight_TK, index_TK = rectangular(pairs)
+    weight_TK, index_TK = to_rectangle(pairs)
     if filler is not None:
         weight_TK, index_TK = _filled(weight_TK, index_TK, pairs.num_experts, filler)
     lead = output[2].shape[:-1]
@@ -111,18 +112,3 @@ def _filled(weight_TK: Tensor, index_TK: Tensor, empty: int, filler: int) -> tup
     if index_TK.shape[1] == 1:
         index_TK, weight_TK = functional.pad(index_TK, (0, 1), value=empty), functional.pad(weight_TK, (0, 1))
     return weight_TK, index_TK.masked_fill(index_TK == empty, filler)
-
-
-def rectangular(assignment: Assignment) -> tuple[Tensor, Tensor]:
-    """Weights and expert indices, each (T, K), of a ragged assignment: each token's pairs by expert, then empty
-    places of index E and weight zero. K is the most experts of any token, at least 1."""
-    tokens, num_experts = assignment.num_tokens, assignment.num_experts
-    order_P = torch.argsort(assignment.token_P, stable=True)
-    token_P = assignment.token_P[order_P]
-    count_T = assignment.experts_per_token_T()
-    place_P = torch.arange(len(token_P), device=token_P.device) - (count_T.cumsum(0) - count_T)[token_P]
-    most = max(int(count_T.max()) if tokens else 1, 1)
-    index_TK = count_T.new_full((tokens, most), num_experts)
-    index_TK[token_P, place_P] = assignment.expert_P[order_P]
-    weight_TK = assignment.weight_P.new_zeros(tokens, most)
-    return weight_TK.index_put((token_P, place_P), assignment.weight_P[order_P]), index_TK

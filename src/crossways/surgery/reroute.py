@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from crossways.surgery.find import Block, FixedChoiceError, UnknownRoutingError,
 from crossways.surgery.handle import CONFIG_KEY, UNCHANGED, Change, Handle, handle_of
 from crossways.surgery.pass_state import find_stacks
 from crossways.surgery.probe import read_router
+from crossways.surgery.ragged import Experts
 from crossways.surgery.reading import Reading
 from crossways.surgery.rule import Rule, Spec, build_rule
 from crossways.surgery.sharded import refuse_spread
@@ -33,6 +35,7 @@ def reroute(
     k: float | Sequence[float] | None = None,
     renormalize: bool | None = None,
     weight_scale: float | None = None,
+    experts: Experts | None = None,
 ) -> Handle:
     """Route a transformers model by another rule, in place and without training.
 
@@ -52,6 +55,10 @@ def reroute(
         k: mean experts per token, one number or one for each routed layer.
         renormalize: whether each token's weights sum to one.
         weight_scale: factor on all weights.
+        experts: who computes the chosen pairs: `crossways`, our expert compute wherever the layout of the experts
+            allows, which takes ragged choices as they are; `own`, whatever the model computes its experts by. By
+            default ours on a CPU where its fast kernel runs, unless the model was told to use another implementation
+            than transformers' default. Who does is in the handle's table.
 
     Raises:
         UserError: a rule that does not exist or does not fit, a model that is rerouted already.
@@ -60,6 +67,7 @@ def reroute(
     if (before := handle_of(model)) is not None:
         raise UserError(f"{type(model).__name__} is rerouted already; undo that first (its handle: {before})")
     changes = {"select": select, "score": score, "k": k, "renormalize": renormalize, "weight_scale": weight_scale}
+    changes["experts"] = experts
     saved = getattr(getattr(model, "config", None), CONFIG_KEY, None)
     if rule is None and all(value is None for value in changes.values()) and saved is not None:
         handle = _attach(model, Rule.from_json(saved["rule"]))
@@ -84,11 +92,16 @@ def _attach(model: nn.Module, rule: Rule) -> Handle:
         raise UserError(f"{len(rule.budgets)} budgets were given for {len(blocks)} routed layers")
     plans = [_plan(*pair, rule.of_layer(index)) for index, pair in enumerate(zip(blocks, readings, strict=True))]
     routed = [
-        RoutedBlock(block, reading, router, own=own)
+        RoutedBlock(block, reading, router, own=own, experts=rule.experts)
         for block, reading, (router, own, _) in zip(blocks, readings, plans, strict=True)
     ]
     members = [(module, [site for site in routed if site.block in inside]) for module, inside in stacks]
-    return Handle(model, rule, members, [change for _, _, change in plans], left)
+    changes = [_noted(change, site.computed_by) for (_, _, change), site in zip(plans, routed, strict=True)]
+    return Handle(model, rule, members, changes, left)
+
+
+def _noted(change: Change, note: str) -> Change:
+    return replace(change, note="; ".join(part for part in (change.note, note) if part))
 
 
 def _read(found: list[Block], language: list[Block]) -> tuple[list[Block], list[Reading], list[Change]]:

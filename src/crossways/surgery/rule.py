@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from crossways.errors import UserError
 from crossways.rules.registry import nearest
 from crossways.rules.score import build_score
 from crossways.rules.select import build_selection, selection_catalogue
+from crossways.surgery.ragged import Experts
 
 Spec = str | Mapping[str, Any]
 """A rule's name, or `{"name": ..., field: value, ...}`."""
@@ -30,8 +31,13 @@ class Rule:
     """Factor on all weights."""
     budgets: tuple[float, ...] | None = None
     """Experts per token of each routed layer, instead of one `k` for all."""
+    experts: Experts | None = None
+    """Who computes the chosen pairs: `own`, what the model computes its experts by; `crossways`, our expert compute
+    wherever the experts' layout allows; None, ours where it is known to be faster and nobody chose another."""
 
     def __post_init__(self) -> None:
+        if self.experts is not None and self.experts not in get_args(Experts):
+            raise UserError(f"experts must be one of {', '.join(get_args(Experts))}, got {self.experts!r}")
         if self.select is not None:
             self.selection(1)
         if self.score is not None:
@@ -62,6 +68,7 @@ class Rule:
             "renormalize": self.renormalize,
             "weight_scale": self.weight_scale,
             "budgets": list(self.budgets) if self.budgets is not None else None,
+            "experts": self.experts,
         }
         return {name: value for name, value in entries.items() if value is not None}
 
@@ -129,6 +136,7 @@ def build_rule(
     k: float | Sequence[float] | None = None,
     renormalize: bool | None = None,
     weight_scale: float | None = None,
+    experts: Experts | None = None,
 ) -> Rule:
     """A rule from a preset's name, a rule or its JSON, with whatever else is given put in its place.
 
@@ -140,6 +148,7 @@ def build_rule(
             allows them.
         renormalize: whether a token's weights sum to one.
         weight_scale: factor on all weights.
+        experts: who computes the chosen pairs, `own` or `crossways`.
 
     Raises:
         UserError: for an unknown preset or rule, naming the nearest known one, or fields that do not fit.
@@ -159,6 +168,8 @@ def build_rule(
         changes["renormalize"] = renormalize
     if weight_scale is not None:
         changes["weight_scale"] = weight_scale
+    if experts is not None:
+        changes["experts"] = experts
     base = replace(base, **changes)
     return base if k is None else _with_k(base, k)
 

@@ -1,9 +1,9 @@
 """One rerouted block: hooks on its router and its experts.
 
 The family's router still computes its logits; a hook replaces what it chose. Chosen pairs leave in the family's own
-form, weights and indices (T, K), with K the most experts any token has and E as the index of an empty place. Before
-the experts see them, ragged choices become one row per pair, so that exactly the chosen pairs are computed, by
-whatever experts implementation the model uses.
+form, weights and indices (T, K), with K the most experts any token has and E as the index of an empty place. Then our
+expert compute takes them as they are (see `ragged`); where it cannot, choices become one row per pair before the
+family's own experts see them. Exactly the chosen pairs are computed either way.
 
 Legend: B batch, S sequence, T tokens, D model width, E experts, K most experts of a token, P chosen pairs.
 """
@@ -11,6 +11,7 @@ Legend: B batch, S sequence, T tokens, D model width, E experts, K most experts 
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from crossways.surgery.find import Block
 from crossways.surgery.forms import chosen_in, handed_over, logits_in
 from crossways.surgery.packing import Packing
 from crossways.surgery.pass_state import PassState
+from crossways.surgery.ragged import Experts, RaggedExperts, take_over
 from crossways.surgery.reading import Reading, tensor_at
 from crossways.surgery.site_router import Beside, SiteRouter
 
@@ -53,13 +55,16 @@ class RoutedBlock:
     active = True
     """Whether the hooks do anything; false on copies of a router that outlive `remove`."""
 
-    def __init__(self, block: Block, reading: Reading, router: SiteRouter, *, own: bool) -> None:
+    def __init__(
+        self, block: Block, reading: Reading, router: SiteRouter, *, own: bool, experts: Experts | None = None
+    ) -> None:
         """
         Args:
             block: what is rerouted.
             reading: what its router does by itself.
             router: what decides instead.
             own: whether the rule is the family's own, which then runs untouched.
+            experts: who computes the chosen pairs; None is ours where it is known to be faster.
         """
         self.block, self.reading, self.router, self.own = block, reading, router, own
         self.passing = BlockPass()
@@ -72,7 +77,13 @@ class RoutedBlock:
             source = block.router.get_submodule(reading.logits_from)
             self._handles.append(source.register_forward_hook(self.after_logits))
         self._chosen_only = ChosenOnly(block.experts) if reading.hands_over == "dense" else None
-        if reading.hands_over in ("pairs", "late"):
+        self.ragged: RaggedExperts | None = None
+        self.computed_by = ""
+        if not own and (reading.hands_over != "pairs" or self._filler is not None):
+            self.computed_by = "experts by transformers: they are not handed plain pairs"
+        elif not own:
+            self.ragged, self.computed_by = take_over(block.experts, self, experts)
+        if reading.hands_over in ("pairs", "late") and self.ragged is None:
             self._handles += [
                 block.experts.register_forward_pre_hook(self.before_experts, with_kwargs=True),
                 block.experts.register_forward_hook(self.after_experts),
@@ -85,6 +96,8 @@ class RoutedBlock:
             handle.remove()
         if self._chosen_only is not None:
             self._chosen_only.remove()
+        if self.ragged is not None:
+            self.ragged.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a pass, which may hold a graph of gradients."""
@@ -106,7 +119,10 @@ class RoutedBlock:
     def begin(self, state: PassState | None, *, causal: bool, decided: Decided | None = None) -> None:
         """Start a pass."""
         self.live, self.routing = True, None
-        estimates = self.router.snapshot("cutoff"), self.router.snapshot("normaliser")
+        if torch.is_grad_enabled():
+            estimates = self.router.snapshot("cutoff"), self.router.snapshot("normaliser")
+        else:  # nothing is computed again
+            estimates = self.router._buffers.get("cutoff"), self.router._buffers.get("normaliser")
         self.passing = BlockPass(state, causal, *estimates, decided)
 
     def end(self) -> None:
@@ -133,16 +149,13 @@ class RoutedBlock:
         """
         reading = self.reading
         logits_TE = logits_in(output, reading.hands_over)
-        self.router.to(logits_TE.device).train(training)
+        self.router.follow(logits_TE.device, training=training)
         untouched = self._untouched()
-        self.router.executed = self._executed(output) if untouched else None
         state = self._state(logits_TE.numel() // logits_TE.shape[-1])
         self.router.beside = self._beside(given, state) if reading.shared and not untouched else None
-        try:
+        with self.router.repeating(self._executed(output)) if untouched else nullcontext():
             logits_BSE = self._rows(logits_TE, state)
             routing = self.router(logits_BSE, self._context(state, logits_BSE.device))
-        finally:
-            self.router.executed = None
         if self.live:
             self.routing = detached(routing)
         if untouched:
@@ -264,8 +277,8 @@ class RoutedBlock:
     @torch.compiler.disable
     def before_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the experts: one row per chosen pair, unless every place is taken."""
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        x, index, weight = list(bound.arguments)[:3]
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        _, x, index, weight = list(bound.arguments)[:4]
         x_TD, index_TK, weight_TK = (bound.arguments[name] for name in (x, index, weight))
         if self.reading.hands_over == "late":
             said, self._said = self._said, None
@@ -274,7 +287,7 @@ class RoutedBlock:
         taken_TK = index_TK < self.reading.num_places
         self._flat = None
         if bool(taken_TK.all()):
-            return bound.args, bound.kwargs
+            return bound.args[1:], bound.kwargs
         shape = x_TD.shape
         x_TD = x_TD.reshape(-1, shape[-1])
         token_P = taken_TK.nonzero()[:, 0]
@@ -285,7 +298,7 @@ class RoutedBlock:
             weight_P = weight_P.new_zeros(1)
             self._flat = (token_P, shape[:-1])
         bound.arguments |= {x: x_TD[token_P], index: expert_P[:, None], weight: weight_P[:, None]}
-        return bound.args, bound.kwargs
+        return bound.args[1:], bound.kwargs
 
     @torch.compiler.disable
     def after_experts(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -302,6 +315,8 @@ class RoutedBlock:
 
 def detached(routing: Routing) -> Routing:
     """Without the graph of gradients, which would otherwise live until the next pass."""
+    if not (routing.logits_TE.requires_grad or routing.assignment.weight_P.requires_grad):
+        return routing
     pairs = routing.assignment.with_weights(routing.assignment.weight_P.detach())
     logits_TE, scores_TE = routing.logits_TE.detach(), routing.scores_TE.detach()
     return replace(routing, logits_TE=logits_TE, scores_TE=scores_TE, assignment=pairs)

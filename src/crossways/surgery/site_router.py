@@ -5,7 +5,8 @@ Legend: B batch, S sequence, T tokens, E experts, P chosen pairs, N shared exper
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -46,6 +47,22 @@ class SiteRouter(Router):
     weigh: Callable[[Tensor], Tensor] | None = None
     """The family's weights (T, E) of logits (T, E), minus infinity where a pair may not be chosen, for a family whose
     weights are no scores."""
+
+    def follow(self, device: torch.device, *, training: bool) -> None:
+        """Go where the family's router is, and train when it does."""
+        if self.training != training:
+            self.train(training)
+        if any(buffer is not None and buffer.device != device for buffer in self._buffers.values()):
+            self.to(device)
+
+    @contextmanager
+    def repeating(self, executed: Assignment) -> Iterator[None]:
+        """Record this decision of the family's, instead of deciding, while the context lasts."""
+        self.executed = executed
+        try:
+            yield
+        finally:
+            self.executed = None
 
     def _decide(
         self, logits_BSE: Tensor, deciding_BSE: Tensor, allowed_BSE: Tensor | None, context: Context

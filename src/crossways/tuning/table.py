@@ -49,9 +49,10 @@ def timing_table(timing: Timing) -> Table:
     """Wall time of both routings."""
     table = Table(title="tokens per second, interleaved rounds: median and quartiles", title_justify="left")
     table.add_column("task")
-    for name in ("original", "chosen", "chosen / original"):
+    for name in ("original", "chosen", "chosen / original", "by our experts alone"):
         table.add_column(name, justify="right")
     for each in timing.timed:
         ratio = f"{each.speedup:.2f} ({each.speedup_low:.2f} to {each.speedup_high:.2f})"
-        table.add_row(each.task, f"{each.original:.1f}", f"{each.chosen:.1f}", ratio)
+        alone = "" if each.by_experts is None else f"{each.by_experts:.2f}"
+        table.add_row(each.task, f"{each.original:.1f}", f"{each.chosen:.1f}", ratio, alone)
     return table

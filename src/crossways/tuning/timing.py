@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossways.experts.register import NAME, register_experts
 from crossways.surgery.rule import Rule
 from crossways.tuning.bench import Bench, Estimates
 from crossways.tuning.settings import TuningSettings
@@ -41,6 +42,9 @@ class Timed:
     """First quartile of the ratio."""
     speedup_high: float
     """Third quartile of the ratio."""
+    by_experts: float | None = None
+    """What the same original gains from our expert compute alone, median of the ratio: this part of the speedup is
+    not due to the routing. None where both compute experts alike."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Timing:
     load: float
     """The machine's load average over the last minute, when the timing began; above the threads' number, other
     programs were in the way."""
+    chosen_experts: str = ""
+    """Who computes the chosen pairs, where that is not the same: `crossways`."""
 
 
 def time_both(bench: Bench, rule: Rule, estimates: Estimates | None, text: Text, settings: TuningSettings) -> Timing:
@@ -72,24 +78,57 @@ def time_both(bench: Bench, rule: Rule, estimates: Estimates | None, text: Text,
             _generate(bench.model, prompt_BS, settings.decode_tokens)
 
         tasks.append((f"generation, {rows} at a time", rows * settings.decode_tokens, generate))
-    timed = [_time(bench, rule, estimates, *task, settings.rounds) for task in tasks]
     config = bench.model.config
+    ours = _ours(bench, rule, estimates) and getattr(config, "_experts_implementation", None) != NAME
+    timed = [_time(bench, rule, estimates, *task, settings.rounds, ours=ours) for task in tasks]
     return Timing(
         timed=tuple(timed),
         threads=torch.get_num_threads(),
         device=str(bench.model.device),
         experts=str(getattr(config, "_experts_implementation", None) or "eager"),
         load=load,
+        chosen_experts=NAME if ours else "",
     )
 
 
+def _ours(bench: Bench, rule: Rule, estimates: Estimates | None) -> bool:
+    with bench.routed(rule, estimates) as handle:
+        return any(block.ragged is not None and not isinstance(block.ragged.plan(), str) for block in handle.blocks)
+
+
+@contextmanager
+def _computing_by_ours(model: Any) -> Iterator[None]:
+    """The original, its experts computed by our expert compute while the context lasts."""
+    register_experts()
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
 def _time(
-    bench: Bench, rule: Rule, estimates: Estimates | None, task: str, tokens: int, run: Callable[[], Any], rounds: int
+    bench: Bench,
+    rule: Rule,
+    estimates: Estimates | None,
+    task: str,
+    tokens: int,
+    run: Callable[[], Any],
+    rounds: int,
+    *,
+    ours: bool,
 ) -> Timed:
-    second: dict[str, list[float]] = {"original": [], "chosen": []}
+    routings: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "original": nullcontext,
+        "chosen": lambda: bench.routed(rule, estimates),
+    }
+    if ours:
+        routings["by experts"] = lambda: _computing_by_ours(bench.model)
+    second: dict[str, list[float]] = {name: [] for name in routings}
     for number in range(-1, rounds):  # the round before the first warms up and is not counted
-        for name in ("original", "chosen") if number % 2 else ("chosen", "original"):
-            with bench.routed(rule, estimates) if name == "chosen" else nullcontext():
+        for name in list(routings) if number % 2 else list(routings)[::-1]:
+            with routings[name]():
                 started = _now(bench.model)
                 run()
                 elapsed = _now(bench.model) - started
@@ -98,7 +137,8 @@ def _time(
     original, chosen = (np.asarray(second[name]) for name in ("original", "chosen"))
     low, middle, high = np.quantile(original / chosen, [0.25, 0.5, 0.75]).tolist()
     before, after = (tokens / float(np.median(seconds)) for seconds in (original, chosen))
-    return Timed(task, rounds, before, after, middle, low, high)
+    alone = float(np.median(original / np.asarray(second["by experts"]))) if ours else None
+    return Timed(task, rounds, before, after, middle, low, high, alone)
 
 
 def _full_windows(text: Text, rows: int) -> Tensor:
@@ -149,7 +189,13 @@ def notes(timing: Timing, sequence: Sequence[float]) -> list[str]:
     """
     ragged = any(abs(each - round(each)) > 1e-9 for each in sequence)
     found = [f"Experts are computed by {timing.experts}: {NOTES.get(timing.experts, 'unknown to us')}."]
-    if ragged:
+    if timing.chosen_experts:
+        found.append(
+            f"Under the chosen routing they are computed by {timing.chosen_experts}, which takes pairs as they are. "
+            "The original would run at another speed with that, too; only what is beyond it is due to fewer pairs."
+        )
+        found += [f"{each.task}: by the experts alone × {each.by_experts:.2f}." for each in timing.timed]
+    elif ragged:
         found.append(
             "Tokens choose different numbers of experts, so each chosen pair is handed to the experts as a row of "
             "its own and summed up afterwards: a gather and a scatter that the original does not need."

@@ -6,7 +6,7 @@ Legend: B batch, S sequence, E experts, T = B * S tokens, C cutoffs (1 or E).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -51,7 +51,7 @@ class Threshold(Selection):
 
     def at(self, cutoff_C: Tensor) -> Threshold:
         """This rule with the given cutoffs, (1,) or (E,)."""
-        return replace(self, value=cutoff_C)
+        return Threshold(self.k, self.per_expert, cutoff_C)
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         if self.value is None:

@@ -1,0 +1,115 @@
+"""The C++ kernel for few tokens, which runs where nothing wants a gradient, against `naive` in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossways.assignment import Assignment
+from crossways.experts import Activation, compute_experts, why_not
+from crossways.experts import fused as module
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
+
+pytestmark = pytest.mark.skipif(
+    why_not("fused", CPU, torch.float32) is not None, reason=str(why_not("fused", CPU, torch.float32))
+)
+
+
+def problem(tokens, experts, width, expert_width, activation, dtype, seed, share=0.5):
+    """Values that are exact in bfloat16, and a random choice; it may be empty."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = expert_width * (2 if Activation(activation).gated else 1)
+    shapes = ((tokens, width), (experts, rows, width), (experts, width, expert_width))
+    x_TD, up_EHD, down_EDF = (
+        (torch.randn(shape, generator=generator) * shape[-1] ** (-0.5 if len(shape) == 3 else 0)).bfloat16().to(dtype)
+        for shape in shapes
+    )
+    mask_TE = torch.rand(tokens, experts, generator=generator) < share
+    return x_TD, Assignment.from_mask(mask_TE, torch.rand(tokens, experts, generator=generator)), up_EHD, down_EDF
+
+
+def error(given, activation):
+    x_TD, pairs, up_EHD, down_EDF = given
+    ours = compute_experts(*given, Activation(activation), "fused")
+    exact = x_TD.double(), pairs.with_weights(pairs.weight_P.double()), up_EHD.double(), down_EDF.double()
+    expected = compute_experts(*exact, Activation(activation), "naive")
+    assert ours.dtype == x_TD.dtype
+    return ((ours.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 20),
+    experts=st.integers(1, 6),
+    width=st.integers(2, 80),
+    expert_width=st.integers(2, 80),
+    activation=st.sampled_from(["swiglu", "geglu", "reglu", "silu", "gelu", "relu"]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    seed=st.integers(0, 99),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_any_shape(tokens, experts, width, expert_width, activation, dtype, seed, threads):
+    if why_not("fused", CPU, dtype):
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            given_ = problem(tokens, experts, width, expert_width, activation, dtype, seed)
+            if given_[1].num_pairs > 2:  # of one or two pairs all may be differences of nearly equal numbers
+                assert error(given_, activation) < 10 * TOLERANCE[dtype]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_step_of_generation_in_odd_widths(dtype):
+    if reason := why_not("fused", CPU, dtype):
+        pytest.skip(reason)
+    with torch.no_grad():
+        assert error(problem(3, 16, 576, 48, "swiglu", dtype, 0, share=0.7), "swiglu") < TOLERANCE[dtype]
+        assert error(problem(1, 5, 333, 47, "geglu", dtype, 1, share=0.9), "geglu") < TOLERANCE[dtype]
+
+
+def test_it_runs_for_few_tokens_without_gradients_only(monkeypatch):
+    called = []
+    monkeypatch.setattr(module.library(), "crossways_experts_few", lambda *_: called.append(1))
+    given_ = problem(4, 3, 32, 32, "swiglu", torch.float32, 0)
+    many = problem(40, 3, 32, 32, "swiglu", torch.float32, 0)
+    compute_experts(*many, Activation("swiglu"), "fused")
+    given_[0].requires_grad_()
+    compute_experts(*given_, Activation("swiglu"), "fused")
+    assert not called
+    with torch.no_grad():
+        compute_experts(*given_, Activation("swiglu"), "fused")
+    assert called
+
+
+def test_nobody_is_chosen():
+    given_ = problem(4, 3, 32, 32, "swiglu", torch.float32, 0, share=-1.0)
+    assert given_[1].num_pairs == 0
+    assert not compute_experts(*given_, Activation("swiglu"), "fused").any()
+
+
+def test_the_number_of_threads_changes_no_bit():
+    given_ = problem(5, 7, 96, 80, "swiglu", torch.float32, 3)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(compute_experts(*given_, Activation("swiglu"), "fused"))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_broken_token_stays_alone():
+    x_TD, pairs, *weights = problem(6, 4, 32, 32, "swiglu", torch.float32, 2)
+    x_TD[2] = torch.nan
+    y_TD = compute_experts(x_TD, pairs, *weights, Activation("swiglu"), "fused")
+    assert y_TD[2].isnan().all()
+    assert y_TD[[0, 1, 3, 4, 5]].isfinite().all()
