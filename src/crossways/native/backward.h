@@ -121,17 +121,27 @@ void put_block(const float* c, T* matrix, int64_t stride, int64_t rows, int64_t 
 }
 
 template <class T>
-void gather_group(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
-  const Problem& p = l.p;
+void gather_grad_y(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
+  const T* rows[SIDE];
+  for (int64_t i = 0; i < g.panels(); i++) {
+    rows_of(l.p, g, i, static_cast<const T*>(l.p.grad_y), l.D, rows);
+    transpose_panel(rows, l.D, reinterpret_cast<uint32_t*>(b.grad_y + i * l.Dp * SIDE));
+  }
+}
+
+template <class T>
+void grad_y_to_left(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
+  for (int64_t i = 0; i < g.panels(); i++)
+    left_rows(reinterpret_cast<const uint32_t*>(b.grad_y + i * l.Dp * SIDE), l.Dp,
+              b.grad_y_left + i * (l.Dp + GAP<T>)*SIDE);
+}
+
+template <class T>
+void gather_inputs(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
   const Right inputs = panels_of(b.inputs, g.count);
   const T* rows[SIDE];
   for (int64_t i = 0; i < g.panels(); i++) {
-    rows_of(p, g, i, static_cast<const T*>(p.grad_y), l.D, rows);
-    auto* panel = reinterpret_cast<uint32_t*>(b.grad_y + i * l.Dp * SIDE);
-    transpose_panel(rows, l.D, panel);
-    if (p.grad_down) left_rows(panel, l.Dp, b.grad_y_left + i * (l.Dp + GAP<T>) * SIDE);
-    if (!p.grad_up) continue;
-    rows_of(p, g, i, static_cast<const T*>(p.x), l.D, rows);
+    rows_of(l.p, g, i, static_cast<const T*>(l.p.x), l.D, rows);
     pair_rows(rows, l.D, const_cast<uint32_t*>(inputs.words) + i * inputs.step, inputs.panel);
   }
 }
@@ -144,10 +154,10 @@ void weight_gradient(const T* left, int64_t all, int64_t rows, const Right& righ
   for (int64_t r = 0; r < rows; r += SIDE) {
     const T* at = left + r * SIDE;
     const Left<T> these{{at, at + 16 * SIDE}, SIDE, (all + GAP<T>)*SIDE};
-    auto write = [&](int64_t i, const float* block) {
-      if (last) put(block, r, i * SIDE);
-    };
-    product<T>(these, right, columns, pairs, total ? total + r * columns : c, !first, total, nullptr, write);
+    float* to = total ? total + r * columns : c;
+    product<T>(these, right, columns, pairs, to, !first);
+    if (!last) continue;
+    for (int64_t i = 0; i < columns / SIDE; i++) put(to + i * BLOCK, r, i * SIDE);
   }
 }
 
@@ -162,40 +172,42 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
   T* grad_up = p.grad_up ? static_cast<T*>(p.grad_up) + s.expert * l.H * D : nullptr;
   T* grad_down = p.grad_down ? static_cast<T*>(p.grad_down) + s.expert * D * F : nullptr;
   pack_columns(l.down(s.expert) + s.f0, F, D, real, b.down_columns);
-  if (sum)
-    for (int part = 0; part < parts; part++)
-      pack_columns(l.up(s.expert) + (part * F + s.f0) * D, D, real, D, b.up_columns + part * depth * SIDE, rows);
   for_groups(l, s.expert, [&](const Group& g, bool first, bool last) {
-    gather_group(l, g, b);
+    // One step after the other gathers what it needs: all of it at once would not fit the second-level cache.
+    gather_grad_y(l, g, b);
     std::fill_n(b.weight_sums, 2 * g.panels(), Vec{});
     for (int64_t f = 0; f < depth; f += SIDE) {
-      auto work = [&](int64_t i, const float* block) {
+      product(packed_rows(b.down_columns, D, f / SIDE), panels_of(b.grad_y, D), g.count, D, b.c);
+      for (int64_t i = 0; i < g.panels(); i++)
         for (int h = 0; h < 2; h++)
-          differentiate<T, function, gated>(l, s, g, i, s.f0 + f + 16 * h, block + h * 16 * SIDE, b);
-      };
-      product<T>(packed_rows(b.down_columns, D, f / SIDE), panels_of(b.grad_y, D), g.count, D, b.c, false, false,
-                 nullptr, work);
+          differentiate<T, function, gated>(l, s, g, i, s.f0 + f + 16 * h, b.c + i * BLOCK + h * 16 * SIDE, b);
     }
     if (grad_weight)
       for (int64_t i = 0; i < 2 * g.panels(); i++)
         store(grad_weight + g.first - p.offsets[s.expert] + 16 * i, b.weight_sums[i], first16(g.count - 16 * i));
     float *down_total = several ? b.weight_grads : nullptr, *up_total = several ? down_total + Dp * depth : nullptr;
-    if (grad_down)
+    if (grad_down) {
+      grad_y_to_left(l, g, b);
       weight_gradient(b.grad_y_left, Dp, D, panels_of(b.hidden, g.count), depth, g.count, b.c, down_total, first, last,
                       [&](const float* block, int64_t d, int64_t f) {
                         put_block(block, grad_down + d * F + s.f0 + f, F, D - d, F - s.f0 - f);
                       });
-    if (grad_up)
+    }
+    if (grad_up) {
+      gather_inputs(l, g, b);
       weight_gradient(b.grad_up_left, rows, rows, panels_of(b.inputs, g.count), Dp, g.count, b.c, up_total, first, last,
                       [&](const float* block, int64_t r, int64_t d) {
                         const int64_t f = s.f0 + r % depth, row = r < depth ? f : F + f;
                         put_block(block, grad_up + row * D + d, D, F - f, D - d);
                       });
+    }
     if (!sum) return;
+    for (int part = 0; first && part < parts; part++)
+      pack_columns(l.up(s.expert) + (part * F + s.f0) * D, D, real, D, b.up_columns + part * depth * SIDE, rows);
     for (int64_t d = 0; d < D; d += SIDE) {
-      fetch_sums(p, g, 0, sum, d, D);
-      product<T>(packed_rows(b.up_columns, rows, d / SIDE), panels_of(b.grad_up, rows), g.count, rows, b.c, false, false,
-                 nullptr, [&](int64_t i, const float* block) { add_sums(p, g, i, block, sum, d, D); });
+      product(packed_rows(b.up_columns, rows, d / SIDE), panels_of(b.grad_up, rows), g.count, rows, b.c, false, {},
+              [&](int64_t i) { fetch_sums(p, g, i, sum, d, D); });
+      for (int64_t i = 0; i < g.panels(); i++) add_sums(p, g, i, b.c + i * BLOCK, sum, d, D);
     }
   });
 }

@@ -98,16 +98,16 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
     for (int64_t f = s.f0; f < s.f0 + padded; f += step) {
       const bool more = f + step < s.f0 + padded;
       Left<T> left = up_rows(f), next = !l.aligned ? left : more ? up_rows(f + step) : down_rows(0);
-      product(left, tokens, g.count, D, c, false, false, l.aligned ? &next : nullptr, [&](int64_t i, const float* block) {
-        activate<T, function, gated>(l, g, i, s, f, block, hidden + i * padded * SIDE);
-      });
+      product(left, tokens, g.count, D, c, false, l.aligned ? &next : nullptr);
+      for (int64_t i = 0; i < g.panels(); i++)
+        activate<T, function, gated>(l, g, i, s, f, c + i * BLOCK, hidden + i * padded * SIDE);
     }
     const Right activated = panels_for(hidden, depth, g.count, thin);
     for (int64_t d = 0; d < D; d += SIDE) {
       Left<T> left = down_rows(d), next = l.aligned && d + SIDE < D ? down_rows(d + SIDE) : left;
-      fetch_sums(p, g, 0, sum, d, D);
-      product(left, activated, g.count, depth, c, false, false, l.aligned ? &next : nullptr,
-              [&](int64_t i, const float* block) { add_sums(p, g, i, block, sum, d, D); });
+      product(left, activated, g.count, depth, c, false, l.aligned ? &next : nullptr,
+              [&](int64_t i) { fetch_sums(p, g, i, sum, d, D); });
+      for (int64_t i = 0; i < g.panels(); i++) add_sums(p, g, i, c + i * BLOCK, sum, d, D);
     }
   });
 }

@@ -21,7 +21,7 @@ struct Kind<float> {
 template <>
 struct Kind<bf16> {
   static constexpr int per_word = 2;
-  static constexpr int chunk = 16;
+  static constexpr int chunk = 8;
 };
 
 // Where the two halves of 32 left rows lie: element (r, s) of half h is half[h][r * row + s / 32 * step + s % 32].

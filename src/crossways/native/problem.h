@@ -164,21 +164,20 @@ inline void weights_of(const Problem& p, const Group& g, int64_t panel, Vec out[
   }
 }
 
-// Bring 32 of each of a panel's rows of `sum` into the cache; of no panel after the last.
+// Bring 32 of each of a panel's rows of `sum` into the second-level cache.
 inline void fetch_sums(const Problem& p, const Group& g, int64_t panel, const float* sum, int64_t at, int64_t width) {
   const int64_t last = std::min<int64_t>(g.count, (panel + 1) * SIDE);
   for (int64_t i = panel * SIDE; i < last; i++) {
     const float* row = sum + p.token[g.first + i] * width + at;
-    asm volatile("prefetcht0 %0" : : "m"(row[0]));
-    asm volatile("prefetcht0 %0" : : "m"(row[16]));
+    asm volatile("prefetcht1 %0" : : "m"(row[0]));
+    asm volatile("prefetcht1 %0" : : "m"(row[16]));
   }
 }
 
-// Add a block, 32 values of each of a panel's pairs, to `sum`, and fetch what the next panel adds to.
+// Add a block, 32 values of each of a panel's pairs, to `sum`.
 inline void add_sums(const Problem& p, const Group& g, int64_t panel, const float* c, float* sum, int64_t at,
                      int64_t width) {
   float* rows[SIDE];
-  fetch_sums(p, g, panel + 1, sum, at, width);
   rows_of(p, g, panel, sum, width, rows);
   add_columns(c, rows, at, width);
 }

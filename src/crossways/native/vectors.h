@@ -33,8 +33,9 @@ template <bool both, int rows>
   }
 }
 
+// Not inlined, so that all registers are free.
 template <bool both, int rows>
-inline void rows_block(const float* a, const Left<float>& left, const uint32_t* b, const Right& right, int64_t from,
+[[gnu::noinline]] void rows_block(const float* a, const Left<float>& left, const uint32_t* b, const Right& right, int64_t from,
                        int64_t to, float* c, bool add, const Ahead<float>& ahead) {
   Vec sum[rows][2] = {};
 #pragma GCC unroll 16
