@@ -18,6 +18,7 @@ from torch import Tensor
 from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.native import library, why_not_native
+from crossways.native.memory import reused
 
 _FEW_TOKENS = {torch.float32: 16, torch.bfloat16: 4}
 """Up to how many tokens reading the weights is the limit, so that `native/few.cpp` is faster; without gradients."""
@@ -100,11 +101,11 @@ def _problem(tensors: dict[str, Tensor], activation: str) -> _Problem:
     )
 
 
-def _kept(x_TD: Tensor, up_EHD: Tensor, token_P: Tensor, save: bool) -> Tensor:
-    """Room for what the first matrices return. Each expert's pairs are rounded up to a multiple of 32; room for the
-    most that can take is known without looking at the loads, and what is never touched costs nothing."""
+def _kept(up_EHD: Tensor, token_P: Tensor, save: bool) -> tuple[int]:
+    """Shape of what the first matrices return. Each expert's pairs are rounded up to a multiple of 32; the most that
+    can take is known without looking at the loads, and what is never touched costs nothing."""
     experts, rows, _ = up_EHD.shape
-    return x_TD.new_empty((token_P.shape[0] + 31 * experts) * rows if save else 0)
+    return ((token_P.shape[0] + 31 * experts) * rows if save else 0,)
 
 
 def _forward(
@@ -120,7 +121,7 @@ def _forward(
     """The output (T, D), and what backward needs."""
     tensors = _tensors(x_TD, weight_P, up_EHD, down_EDF, token_P, offsets_E1)
     tensors["y"] = torch.empty_like(tensors["x"])
-    kept = _kept(x_TD, up_EHD, token_P, save)
+    kept = reused(_kept(up_EHD, token_P, save), x_TD.dtype)
     problem = _problem(tensors | ({"kept": kept} if save else {}), activation)
     if not library().crossways_valid(ctypes.byref(problem), ctypes.c_int64(len(token_P))):
         raise ValueError(
@@ -147,7 +148,7 @@ def _(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x_TD.new_empty(x_TD.shape), _kept(x_TD, up_EHD, token_P, save)
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(_kept(up_EHD, token_P, save))
 
 
 @torch.library.custom_op("crossways::fused_experts_backward", mutates_args=(), device_types="cpu")
@@ -167,7 +168,7 @@ def backward(
     tensors = _tensors(x_TD, weight_P, up_EHD, down_EDF, token_P, offsets_E1)
     tensors |= {"kept": kept, "grad_y": grad_TD.to(x_TD.dtype).contiguous()}
     grads = {
-        name: torch.empty_like(tensors[name]) if want else x_TD.new_empty(0)
+        name: reused(tensors[name].shape if want else (0,), tensors[name].dtype)
         for name, want in zip(("x", "weight", "up", "down"), wanted, strict=True)
     }
     out = {f"grad_{name}": grads[name] for name, want in zip(grads, wanted, strict=True) if want}
@@ -200,11 +201,14 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, activation, _ = inputs
+    ctx.set_materialize_grads(False)  # a gradient of `kept` would be written for nothing, as large as `kept`
     ctx.save_for_backward(*tensors, output[1])
     ctx.activation = activation
 
 
-def _differentiate(ctx: Any, grad_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_TD is None:
+        return (None,) * 8
     wanted = list(ctx.needs_input_grad[:4])
     grads = backward(grad_TD, *ctx.saved_tensors, ctx.activation, wanted)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None

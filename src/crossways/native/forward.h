@@ -36,24 +36,26 @@ template <class T, Function function, bool gated>
 void activate(const Layer<T>& l, const Group& g, int64_t panel, const Slice& s, int64_t f, const float* c, T* hidden) {
   Vec weight[2];
   weights_of(l.p, g, panel, weight);
-  const int64_t F = l.F, columns = l.columns(s.expert), rows = std::min<int64_t>(F - f, gated ? 16 : 32);
-  for (int h = 0; h < 2; h++) {
-    const int64_t at = panel * SIDE + 16 * h;
-    if (at >= g.count) return;
-    const __mmask16 mask = first16(g.count - at);
-    T* kept = l.p.kept ? l.kept(s.expert, f, g.first + at) : nullptr;
-    for (int64_t i = 0; i < (gated ? 16 : 32); i += 2) {
+  const int64_t F = l.F, rows = std::min<int64_t>(F - f, gated ? 16 : 32), left = g.count - panel * SIDE;
+  const int halves = left > 16 ? 2 : 1;
+  T* kept = l.p.kept ? l.kept(s.expert, f, g.first + panel * SIDE) : nullptr;
+  for (int64_t i = 0; i < (gated ? 16 : 32); i += 2) {
+    Vec gate[2][2] = {}, value[2][2] = {};
+    for (int h = 0; h < halves; h++) {
       Vec out[2];
       for (int j = 0; j < 2; j++) {
-        const float* at_c = c + (i + j) * SIDE + 16 * h;
-        Vec gate = _mm512_loadu_ps(at_c), value = _mm512_loadu_ps(at_c + (gated ? 16 * SIDE : 0));
-        out[j] = _mm512_mul_ps(apply<function>(gate), weight[h]);
-        if (gated) out[j] = _mm512_mul_ps(out[j], value);
-        if (!kept || i + j >= rows) continue;
-        store(kept + (i + j) * columns, gate, mask);
-        if (gated) store(kept + (F + i + j) * columns, value, mask);
+        const float* at = c + (i + j) * SIDE + 16 * h;
+        gate[j][h] = _mm512_loadu_ps(at);
+        out[j] = _mm512_mul_ps(apply<function>(gate[j][h]), weight[h]);
+        if (!gated) continue;
+        value[j][h] = _mm512_loadu_ps(at + 16 * SIDE);
+        out[j] = _mm512_mul_ps(out[j], value[j][h]);
       }
       put_pair(hidden, f - s.f0 + i, h, out[0], out[1]);
+    }
+    for (int j = 0; kept && j < 2 && i + j < rows; j++) {
+      put_row(kept + (i + j) * SIDE, gate[j][0], gate[j][1], SIDE);
+      if (gated) put_row(kept + (F + i + j) * SIDE, value[j][0], value[j][1], SIDE);
     }
   }
 }
@@ -103,12 +105,9 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
     const Right activated = panels_for(hidden, depth, g.count, thin);
     for (int64_t d = 0; d < D; d += SIDE) {
       Left<T> left = down_rows(d), next = l.aligned && d + SIDE < D ? down_rows(d + SIDE) : left;
-      product(left, activated, g.count, depth, c, false, l.aligned ? &next : nullptr);
-      for (int64_t i = 0; i < g.panels(); i++) {
-        float* rows[SIDE];
-        rows_of(p, g, i, sum, D, rows);
-        add_columns(c + i * BLOCK, rows, d, D);
-      }
+      product(left, activated, g.count, depth, c, false, l.aligned ? &next : nullptr,
+              [&](int64_t i) { fetch_sums(p, g, i, sum, d, D); });
+      for (int64_t i = 0; i < g.panels(); i++) add_sums(p, g, i, c + i * BLOCK, sum, d, D);
     }
   });
 }

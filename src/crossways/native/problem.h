@@ -120,16 +120,15 @@ struct Layer {
   explicit Layer(const Problem& problem) : p(problem), kept_at(problem.experts + 1) {
     for (int64_t e = 0; e < p.experts; e++) kept_at[e + 1] = kept_at[e] + round_up(load(e), SIDE);
   }
-  int64_t columns(int64_t e) const { return kept_at[e + 1] - kept_at[e]; }
   int64_t load(int64_t e) const { return p.offsets[e + 1] - p.offsets[e]; }
   int64_t group() const {
     return std::clamp<int64_t>(GROUP_BYTES / (Dp * sizeof(T)) / SIDE * SIDE, GROUP_MIN, GROUP_MAX);
   }
   const T* up(int64_t e) const { return static_cast<const T*>(p.up) + e * H * D; }
   const T* down(int64_t e) const { return static_cast<const T*>(p.down) + e * D * F; }
-  // Row h of what `up` returned for expert e, at pair `pair` of all.
+  // Row h of what `up` returned for 32 pairs of expert e, `pair` of all being the first of them: [panel][H][32].
   T* kept(int64_t e, int64_t h, int64_t pair) const {
-    return static_cast<T*>(p.kept) + kept_at[e] * H + h * columns(e) + pair - p.offsets[e];
+    return static_cast<T*>(p.kept) + (kept_at[e] + pair - p.offsets[e]) * H + h * SIDE;
   }
 };
 
@@ -163,6 +162,24 @@ inline void weights_of(const Problem& p, const Group& g, int64_t panel, Vec out[
     int64_t at = panel * SIDE + 16 * c;
     out[c] = load(p.weight + g.first + at, first16(g.count - at));
   }
+}
+
+// Bring 32 of each of a panel's rows of `sum` into the second-level cache.
+inline void fetch_sums(const Problem& p, const Group& g, int64_t panel, const float* sum, int64_t at, int64_t width) {
+  const int64_t last = std::min<int64_t>(g.count, (panel + 1) * SIDE);
+  for (int64_t i = panel * SIDE; i < last; i++) {
+    const float* row = sum + p.token[g.first + i] * width + at;
+    asm volatile("prefetcht1 %0" : : "m"(row[0]));
+    asm volatile("prefetcht1 %0" : : "m"(row[16]));
+  }
+}
+
+// Add a block, 32 values of each of a panel's pairs, to `sum`.
+inline void add_sums(const Problem& p, const Group& g, int64_t panel, const float* c, float* sum, int64_t at,
+                     int64_t width) {
+  float* rows[SIDE];
+  rows_of(p, g, panel, sum, width, rows);
+  add_columns(c, rows, at, width);
 }
 
 // Add up the threads' sums, rounding once.

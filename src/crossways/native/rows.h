@@ -75,13 +75,14 @@ inline Left<T> pack_left(const T* const half[2], const int64_t count[2], int64_t
   return {{out, out + 16 * SIDE}, SIDE, BLOCK};
 }
 
-// `depth` rows of `count` columns of a matrix to left rows, transposed: [count / 32][depth / 32][32][32].
+// `depth` rows of `count` columns of a matrix to left rows, transposed: [count / 32][depth / 32][32][32], or as part of
+// left rows of more, `all`.
 template <class T>
-inline void pack_columns(const T* from, int64_t stride, int64_t depth, int64_t count, T* out) {
+inline void pack_columns(const T* from, int64_t stride, int64_t depth, int64_t count, T* out, int64_t all = 0) {
   constexpr int per = Kind<T>::per_word;
-  const int64_t steps = round_up(depth, SIDE) / SIDE;
+  const int64_t own = round_up(depth, SIDE) / SIDE, steps = all ? all / SIDE : own;
   Words square[16];
-  for (int64_t at = 0; at < steps * SIDE; at += 16 * per)
+  for (int64_t at = 0; at < own * SIDE; at += 16 * per)
     for (int64_t column = 0; column < round_up(count, SIDE); column += 16) {
       const __mmask16 mask = first16(count - column);
       if (column % SIDE == 0)  // the rows after these
@@ -109,6 +110,24 @@ template <class T>
 inline Left<T> packed_rows(const T* packed, int64_t depth, int64_t block) {
   const T* at = packed + block * round_up(depth, SIDE) * SIDE;
   return {{at, at + 16 * SIDE}, SIDE, BLOCK};
+}
+
+// Write up to 32 values that are not read again soon: past the caches where whole lines are written.
+inline void put_row(float* to, Vec a, Vec b, int64_t columns) {
+  if (columns >= SIDE && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    _mm512_stream_ps(to, a);
+    _mm512_stream_ps(to + 16, b);
+    return;
+  }
+  store(to, a, first16(columns));
+  store(to + 16, b, first16(columns - 16));
+}
+inline void put_row(bf16* to, Vec a, Vec b, int64_t columns) {
+  Words row = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a)), narrow(b), 1);
+  if (columns >= SIDE && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    _mm512_stream_si512(reinterpret_cast<Words*>(to), row);
+  else
+    _mm512_mask_storeu_epi16(to, first32(columns), row);
 }
 
 // Columns of a block are tokens: add each to 32 values of its row; rows that are null do not exist.
