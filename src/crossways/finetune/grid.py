@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from crossways.errors import UserError
 from crossways.finetune.corruption import corrupted
@@ -139,7 +139,7 @@ def markdown(recipe: FinetuneRecipe, rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _table(recipe: FinetuneRecipe, rows: Sequence[tuple[str, ...]]) -> Table:
-    table = Table(*COLUMNS, title=recipe.title)
+    table = Table(*(Column(name, overflow="fold") for name in COLUMNS), title=recipe.title)  # figures stay whole
     for row in rows:
         table.add_row(*row)
     return table
