@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -16,18 +17,26 @@ def settings_table(result: TuningResult) -> Table:
     texts = result.protocol["texts"]["tuning"]
     caption = (
         f"{texts['documents']} documents, {texts['tokens']} tokens to choose on; executed experts per token, their "
-        "FLOPs as a share of the original's; † looks at later tokens"
+        "FLOPs as a share of the original's; loss against it in nats per token; † looks at later tokens"
     )
-    table = Table(title=Text(result.model), caption=caption, caption_justify="left", title_justify="left")
-    table.add_column("setting", no_wrap=True)
-    for name in ("experts", "FLOPs", "perplexity", "loss, nats", "at most"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    table = Table(
+        title=Text(result.model),
+        caption=caption,
+        caption_justify="left",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("setting")  # alone gives way where the terminal is narrow
+    for name in ("experts", "FLOPs", "perplexity", "loss", "at most"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for point in (result.original, *result.points):
         mark = "qualifies" if qualifies(point, result.original, result.limit) else ""
         table.add_row(
             _name(point),
-            f"{point.scored.budget:.3f}",
+            f"{point.scored.budget:.2f}",
             f"{point.flops / result.original.flops:.1%}",
             f"{point.scored.perplexity:.4g}",
             f"{point.difference.nats:+.4f}",
