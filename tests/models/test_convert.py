@@ -17,6 +17,8 @@ QWEN_LIKE = {
     "plain": {},
     "renormalised": {"renormalize": True, "select": {"name": "top_k", "k": 3}},
     "scaled": {"renormalize": True, "weight_scale": 2.5, "shared_expert_intermediate_size": 3},
+    "gated_share": {"shared_expert_intermediate_size": 3, "shared_expert_gate": True},
+    "scaled_share": {"shared_expert_intermediate_size": 3, "shared_expert_scale": 0.5},
     "every_second": {"num_hidden_layers": 4, "moe_every": 2, "shared_expert_intermediate_size": 5},
     "any_layers": {"num_hidden_layers": 4, "moe_layers": [0, 3], "sharing": "all"},
     "all_layers_by_name": {"moe_layers": [0, 1], "expert_bias": True},
@@ -63,7 +65,7 @@ def test_qwen2_moe_there_and_back(tiny_model, tokens, kind):
     assert again.config.shared_expert_intermediate_size == model.config.shared_expert_intermediate_size
     assert again.config.routed_layers == model.config.routed_layers
     # The scale moves into the experts; gates are no longer shared, biases of zero are gone.
-    if kind not in ("block_shared", "cartesian_of_one", "scaled", "any_layers", "all_layers_by_name"):
+    if kind not in ("block_shared", "cartesian_of_one", "scaled", "scaled_share", "any_layers", "all_layers_by_name"):
         for name, value in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], value), name
 
@@ -82,7 +84,8 @@ def test_mixtral_there_and_back(tiny_model, tokens, fields):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dense", [[], [1]])
-def test_a_qwen2_moe_of_their_own_becomes_ours(tokens, bias, dense):
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_qwen2_moe_of_their_own_becomes_ours(tokens, bias, dense, gated):
     config = Qwen2MoeConfig(
         **TINY_FAMILY,
         num_hidden_layers=4,
@@ -99,9 +102,10 @@ def test_a_qwen2_moe_of_their_own_becomes_ours(tokens, bias, dense):
         for name, parameter in theirs.named_parameters():
             if "bias" in name:
                 parameter.normal_()
-            elif "shared_expert_gate" in name:
+            elif "shared_expert_gate" in name and not gated:
                 parameter.zero_()
     ours = from_qwen2_moe(theirs)
+    assert (ours.config.shared_expert_intermediate_size, ours.config.shared_expert_gate) == (10, gated)
     check_same_logits(theirs, ours, tokens)
     check_same_logits(theirs, to_qwen2_moe(ours), tokens)
     assert (ours.config.moe_every, ours.config.moe_layers) == ((1, [0, 2, 3]) if dense else (2, None))
@@ -116,9 +120,6 @@ def test_a_mixtral_of_their_own_becomes_ours(tokens):
 def test_models_that_use_what_ours_lacks_are_refused():
     base = dict(TINY_FAMILY, num_hidden_layers=2, intermediate_size=12)
     qwen = base | {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 10, "num_experts": 4}
-    gated = Qwen2MoeForCausalLM(Qwen2MoeConfig(**qwen))
-    with pytest.raises(UserError, match="shared_expert_gate is not zero"):
-        from_qwen2_moe(gated)
     sliding = Qwen2MoeConfig(**qwen, use_sliding_window=True, sliding_window=4, max_window_layers=2)
     with pytest.raises(UserError, match="sliding"):
         from_qwen2_moe(Qwen2MoeForCausalLM(sliding))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from crossways.errors import UserError
-from crossways.models.convert import HIDDEN_ACTS, common_fields
+from crossways.models.convert.fields import HIDDEN_ACTS, common_fields
 from crossways.surgery.upcycle.ffn import DenseFFN
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "crossways")
