@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from crossways.commands.options import (
+    Budget,
+    CalibrateOn,
+    CalibrateTokens,
+    Device,
+    Dtype,
+    ListTasks,
+    ModelName,
+    Preset,
+    RecordFile,
+)
 from crossways.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,9 +29,7 @@ if TYPE_CHECKING:
 
 
 def embed_command(
-    model_name: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Folder or hub name of a causal language model.")
-    ] = None,
+    model_name: ModelName = None,
     tasks: Annotated[
         str | None, typer.Option(help="mteb's names, task files (YAML), or a list (see --list), with commas.")
     ] = None,
@@ -30,15 +39,13 @@ def embed_command(
     prompt: Annotated[
         str | None, typer.Option(help="none (in quotes, default), prompteol, bare, or a template with {text}.")
     ] = None,
-    rule: Annotated[str | None, typer.Option(help="Reroute by this preset first, such as usmoe.")] = None,
-    k: Annotated[str | None, typer.Option("-k", help="Its experts per token: a number, or one per layer.")] = None,
+    rule: Preset = None,
+    k: Budget = None,
     causal: Annotated[
         bool | None, typer.Option("--causal/--whole", help="Let decode twins decide, or the rule itself (default).")
     ] = None,
-    calibrate_on: Annotated[
-        str | None, typer.Option(help="Text to set the cutoffs of decode twins on: stdlib, files or a data set.")
-    ] = None,
-    calibrate_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it.")] = 100_000,
+    calibrate_on: CalibrateOn = None,
+    calibrate_tokens: CalibrateTokens = 100_000,
     fit_on: Annotated[
         Path | None, typer.Option(help="Text file, one text a line: standardise by its statistics.")
     ] = None,
@@ -46,12 +53,10 @@ def embed_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, e.g. standardise=batch, batch_size=64."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights, such as bfloat16; default as saved.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; default the CPU.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="JSON file for the record; default: only print.")
-    ] = None,
-    list_tasks: Annotated[bool, typer.Option("--list", help="List the shipped task lists and exit.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: RecordFile = None,
+    list_tasks: ListTasks = False,
 ) -> None:
     """Embed texts with MODEL, which was never trained for it, and run tasks of mteb on the embeddings."""
     from rich.console import Console

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from crossways.commands.options import (
+    Budget,
+    CalibrateOn,
+    CalibrateTokens,
+    Device,
+    Dtype,
+    ListTasks,
+    ModelName,
+    Preset,
+    RecordFile,
+)
 from crossways.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,33 +28,27 @@ if TYPE_CHECKING:
 
 
 def harness_command(
-    model_name: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Folder or hub name of a causal language model.")
-    ] = None,
+    model_name: ModelName = None,
     tasks: Annotated[
         str | None, typer.Option(help="lm-eval's names, task files (YAML), or a list (see --list), with commas.")
     ] = None,
-    rule: Annotated[str | None, typer.Option(help="Reroute by this preset first, such as usmoe.")] = None,
-    k: Annotated[str | None, typer.Option("-k", help="Its experts per token: a number, or one per layer.")] = None,
+    rule: Preset = None,
+    k: Budget = None,
     causal: Annotated[
         bool, typer.Option("--causal/--leaky", help="Let decode twins decide, or the rule itself, marked as leaky.")
     ] = True,
-    calibrate_on: Annotated[
-        str | None, typer.Option(help="Text to set the cutoffs of decode twins on: stdlib, files or a data set.")
-    ] = None,
-    calibrate_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it.")] = 100_000,
+    calibrate_on: CalibrateOn = None,
+    calibrate_tokens: CalibrateTokens = 100_000,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples in the prompt of tasks that leave it open.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     max_length: Annotated[int | None, typer.Option(min=2, help="Most tokens; default the model's context.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights, such as bfloat16; default as saved.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; default the CPU.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="JSON file for the record; default: only print.")
-    ] = None,
-    list_tasks: Annotated[bool, typer.Option("--list", help="List the shipped task lists and exit.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: RecordFile = None,
+    list_tasks: ListTasks = False,
 ) -> None:
     """Run downstream tasks of lm-eval on MODEL; print the figures and write them with the routing behind them."""
     from rich.console import Console
