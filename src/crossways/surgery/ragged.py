@@ -158,6 +158,5 @@ def take_over(module: nn.Module, site: Site, experts: Experts | None) -> tuple[R
     if reason is not None:
         return None, f"experts by transformers: {reason}"
     plan = ragged.plan()
-    return ragged, f"experts by transformers: {plan}" if isinstance(
-        plan, str
-    ) else f"experts by crossways ({plan[1]})"
+    who = f"transformers: {plan}" if isinstance(plan, str) else f"crossways ({plan[1]})"
+    return ragged, f"experts by {who}"
