@@ -80,7 +80,6 @@ def timed(
     """
     device, first = problem.device, field.first[backward]
     warm = device == "cuda" or sum(first.values()) < seconds / 2
-    dear = {name: spent for name, spent in first.items() if name == DENSE or spent > seconds / 2}
     mine = resolve_backend("auto", device, problem.dtype)
 
     def one(contender: Contender) -> Callable[[], None]:
@@ -88,7 +87,7 @@ def timed(
 
     runs = {name: one(contender) for name, contender in field.taking_part.items()}
     return in_turn(
-        runs, seconds, warm=int(warm), slow=SLOW, clock=clock_of(device), after=after, known=dear,
+        runs, seconds, warm=int(warm), slow=SLOW, clock=clock_of(device), after=after, known=first,
         wanted=lambda times: {DENSE, mine, fastest_peer(times, device)},
     )  # fmt: skip
 

@@ -60,24 +60,29 @@ def in_turn(
         most: rounds at most.
         warm: rounds that do not count.
         after: called after each, outside the time.
-        slow: who takes more than so many times the first contender's time before the rounds that count, and more than
-            a tenth of `seconds`, is not run again and has that one time alone.
+        slow: who takes more than so many times the first contender's time before the rounds that count, and more
+            than a tenth of `seconds`, is not run again and has that one time alone, unless `wanted`.
         clock: how to time.
-        known: seconds that each took in a run before this one, which warmed it up.
+        known: seconds that each took in a run before this one. It may have been slow for being the first, so it drops
+            nobody who took less than half of `seconds`.
         wanted: given the times so far, who goes on when half of `seconds` has passed; None for all.
     """
-    before = dict(known or {})
+    before, dropped = dict(known or {}), set()
+
+    def drop(beyond: float) -> None:
+        limit = max(slow * before.get(first, math.inf), beyond)
+        kept = wanted({name: [spent] for name, spent in before.items()}) if wanted and before else ()
+        dropped.update(name for name, spent in before.items() if spent > limit and name not in kept)
+
     first = next(iter(contenders))
-
-    def far_behind(name: str) -> bool:
-        return before.get(name, 0.0) > max(slow * before.get(first, math.inf), seconds / 10)
-
+    drop(seconds / 2)
     for _ in range(warm):
         for name, run in contenders.items():
-            if not far_behind(name):
+            if name not in dropped:
                 before[name] = clock(run)
                 after()
-    running = [name for name in contenders if not far_behind(name)]
+        drop(seconds / 10)
+    running = [name for name in contenders if name not in dropped]
     times: Times = {name: [] if name in running else [before[name]] for name in contenders}
     started = time.perf_counter()
     for done in range(1, most + 1):

@@ -115,7 +115,7 @@ def share(name: str, rule: Selection, case: Case, dtypes: Sequence[str], device:
     decisions = (("routing forward", lambda: rule(choice_BSE, scores_BSE)), ("routing forward+backward", train))
     for backward, (what, decide) in enumerate(decisions):
         runs = {dtype: passes[backward] for dtype, passes in experts.items()} | {"rule": decide}
-        times = in_turn(runs, seconds / 2, warm=1, slow=float("inf"), clock=clock_of(device))
+        times = in_turn(runs, seconds / 2, least=5, warm=1, slow=float("inf"), clock=clock_of(device))
         for dtype in dtypes:
             mine = resolve_backend("auto", device, getattr(torch, dtype))
             cells = {"bound": f"{1e3 * statistics.median(times[dtype]):.1f} ms of experts, {pairs:.1f} a token"}
