@@ -158,7 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{options.device}, {name}; torch {torch.__version__}, transformers {transformers.__version__}\n")
     store = Store(path, [name, options.seconds, options.quick])
-    failed = print_table(jobs(options, Machine(options.device)), experts.everybody(options.device), store)
+    peers = experts.PEERS[options.device]
+    failed = print_table(jobs(options, Machine(options.device)), experts.everybody(options.device), store, peers)
     return int(failed > 0)
 
 

@@ -33,6 +33,8 @@ PEERS = {
 }
 BATCHED_LIMIT = 2**28
 """`batched_mm` copies an expert's matrices for every pair; it is left out where that takes more bytes than this."""
+EAGER_LIMIT = 2**33
+"""Each of `eager`'s experts fills a gradient as large as all matrices; no backward where that is more bytes."""
 
 
 class AbsentError(RuntimeError):
@@ -76,7 +78,10 @@ def of_transformers(problem: Problem, name: str) -> Contender:
         raise AbsentError(f"it would copy more than {BATCHED_LIMIT / 2**20:.0f} MiB of matrices")
     module = _olmoe_experts(problem)
     run = OlmoeExperts.forward.__wrapped__ if short == "eager" else ALL_EXPERTS_FUNCTIONS[short]
-    return Contender(lambda: run(module, x_TD, problem.index_TK, weight_TK), problem.leaves)
+    filled = problem.case.experts**2 * problem.case.expert_bytes(problem.dtype.itemsize)
+    dear = short == "eager" and filled > EAGER_LIMIT
+    why = f"its gradients of slices fill more than {EAGER_LIMIT / 2**30:.0f} GiB" if dear else ""
+    return Contender(lambda: run(module, x_TD, problem.index_TK, weight_TK), problem.leaves, forward_only=why)
 
 
 def _olmoe_experts(problem: Problem) -> OlmoeExperts:

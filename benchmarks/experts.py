@@ -85,7 +85,7 @@ def timed(
     def one(contender: Contender) -> Callable[[], None]:
         return lambda: problem.step(contender, backward)
 
-    runs = {name: one(contender) for name, contender in field.taking_part.items()}
+    runs = {name: one(contender) for name, contender in field.taking_part.items() if name in first}
     return in_turn(
         runs, seconds, warm=int(warm), slow=SLOW, clock=clock_of(device), after=after, known=first,
         wanted=lambda times: {DENSE, mine, fastest_peer(times, device)},

@@ -23,7 +23,7 @@ class Field:
     left_out: dict[str, str]
     """The others, and why."""
     first: dict[bool, dict[str, float]]
-    """Seconds of the pass that was checked, without and with backward: everybody's warm-up."""
+    """Seconds of the pass that was checked, without and with backward, of all that can: everybody's warm-up."""
 
 
 def right(problem: Problem, names: Sequence[str], passes: Sequence[bool] = (False, True)) -> Field:
@@ -39,7 +39,8 @@ def right(problem: Problem, names: Sequence[str], passes: Sequence[bool] = (Fals
     for name in (DENSE, *names):
         try:
             contender = make(problem, name)
-            errors = [_pass(problem, name, contender, backward, field) for backward in passes]
+            possible = [backward for backward in passes if not (backward and contender.forward_only)]
+            errors = [_pass(problem, name, contender, backward, field) for backward in possible]
             error, where = max(errors, key=badness)
         except AbsentError as absent:
             field.left_out[name] = str(absent)
@@ -50,6 +51,8 @@ def right(problem: Problem, names: Sequence[str], passes: Sequence[bool] = (Fals
             if error <= TOLERANCE[problem.dtype]:
                 field.taking_part[name] = contender
                 field.errors[name] = error
+                if contender.forward_only and True in passes:
+                    field.left_out[f"{name} with backward"] = contender.forward_only
             else:
                 field.left_out[name] = f"WRONG: {where} differs from naive by {error:.1e}"
     problem.reference.clear()

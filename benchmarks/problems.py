@@ -81,6 +81,8 @@ class Contender:
     """What it is differentiated by: inputs and routing weights, which all share, then matrices."""
     shared: int = 4
     """How many of the leaves, from the first, must have naive's gradients; 2 for who has matrices of its own."""
+    forward_only: str = ""
+    """Why it takes no part in passes with backward; empty if it does."""
 
 
 @dataclass

@@ -132,6 +132,19 @@ def test_each_pass_that_is_timed_is_held_to_naive(bench, monkeypatch, spoilt):
     assert bench.field.right(problem, ("loop",), passes=(spoilt,)).left_out.keys() == {"loop"}
 
 
+def test_a_peer_whose_backward_would_take_minutes_is_timed_forward_only(bench, monkeypatch):
+    monkeypatch.setattr(bench.contenders, "EAGER_LIMIT", 10)
+    problem = bench.problems.build(bench.problems.case_of("32/16/6/2", 40), torch.float32)
+    field = bench.field.right(problem, ("loop", "transformers:eager"))
+    assert [list(field.first[backward]) for backward in (False, True)] == [
+        ["dense", "loop", "transformers:eager"],
+        ["dense", "loop"],
+    ]
+    assert list(field.left_out) == ["transformers:eager with backward"]
+    assert list(bench.experts.timed(problem, field, 0.01, backward=True)) == ["dense", "loop"]
+    assert "transformers:eager" in bench.experts.timed(problem, field, 0.01, backward=False)
+
+
 def test_one_wrong_number_among_the_gradients_is_seen(bench, monkeypatch):
     problem = bench.problems.build(bench.problems.case_of("32/16/6/2", 40), torch.float32)
     made = bench.problems.crossways_contender(problem, "loop")
@@ -318,14 +331,15 @@ def test_one_failing_case_is_printed_and_the_others_go_on(bench, capsys, tmp_pat
 
     def good():
         calls.append("good")
-        return [row_of(bench, "good", {"bound": "1 ms", "fused": "1.10±0.01"}, {"peer": "not installed"})]
+        cells = {"bound": "1 ms", "fused": "1.10±0.01"}
+        return [row_of(bench, "good", cells, {"peer": "not installed", "other peer": "FAILED with KeyError: 1"})]
 
     def wrong():
         return [row_of(bench, "wrong", notes={"fused": "WRONG: x differs"})]
 
     jobs = [job("bad", lambda: 1 / 0), job("wrong", wrong), job("good", good)]
     store = bench.table.Store(tmp_path / "rows.jsonl", ["settings"])
-    assert bench.table.print_table(jobs, ("fused", "peer"), store) == 2
+    assert bench.table.print_table(jobs, ("fused", "peer"), store, peers=("other peer",)) == 2
     lines = capsys.readouterr().out.splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert "| forward | good | float32 | 1 ms | - | 1.10±0.01 | - | - | - |" in lines
@@ -335,7 +349,7 @@ def test_one_failing_case_is_printed_and_the_others_go_on(bench, capsys, tmp_pat
     assert "without peer: not installed (1 of the cases, the first good float32)" in lines
     # A second run measures again only what was not right.
     again = bench.table.Store(tmp_path / "rows.jsonl", ["settings"])
-    assert bench.table.print_table(jobs, ("fused", "peer"), again) == 2
+    assert bench.table.print_table(jobs, ("fused", "peer"), again, peers=("other peer",)) == 2
     assert calls == ["good"]
     assert capsys.readouterr().out.splitlines() == lines
     other = bench.table.Store(tmp_path / "rows.jsonl", ["other settings"])
