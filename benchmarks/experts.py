@@ -4,7 +4,7 @@ at which the machine reads memory, and how cost grows with the number of tokens.
 Every contender is first compared with `naive`, in the passes and on the inputs that are then timed, every element
 of the output and of the gradients; who is wrong is not timed. Then all run in turn, again and again; each time is
 divided by the dense network's of the same round. Making the assignment from top-k indices is part of every time, as
-sorting is in transformers' functions. The checked pass is the warm-up; who was far behind in it is not run again.
+sorting is in transformers' functions. The checked pass is the warm-up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from table import Job, Row
 
 PASSES = ("forward", "forward+backward")
 SLOW = 5.0
-"""Who takes more than so many times the dense network's time in a warm-up, and long, is not run again."""
+"""Who takes more than so many times the dense network's time, and long, is not run again."""
 FLUSH = 2**28
 """Bytes to read for everything in the caches to be replaced."""
 

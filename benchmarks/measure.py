@@ -60,11 +60,12 @@ def in_turn(
         most: rounds at most.
         warm: rounds that do not count.
         after: called after each, outside the time.
-        slow: who takes more than so many times the first contender's time before the rounds that count, and more
-            than a tenth of `seconds`, is not run again and has that one time alone, unless `wanted`.
+        slow: who takes more than so many times the first contender's time before the rounds that count, or in the
+            first of them, and more than a tenth of `seconds`, is not run again and has that one time alone, unless
+            `wanted`.
         clock: how to time.
         known: seconds that each took in a run before this one. It may have been slow for being the first, so it drops
-            nobody who took less than half of `seconds`.
+            nobody who took less than four times `seconds`.
         wanted: given the times so far, who goes on when half of `seconds` has passed; None for all.
     """
     before, dropped = dict(known or {}), set()
@@ -75,7 +76,7 @@ def in_turn(
         dropped.update(name for name, spent in before.items() if spent > limit and name not in kept)
 
     first = next(iter(contenders))
-    drop(seconds / 2)
+    drop(4 * seconds)
     for _ in range(warm):
         for name, run in contenders.items():
             if name not in dropped:
@@ -87,8 +88,12 @@ def in_turn(
     started = time.perf_counter()
     for done in range(1, most + 1):
         for name in running:
-            times[name].append(clock(contenders[name]))
+            before[name] = clock(contenders[name])
+            times[name].append(before[name])
             after()
+        if done == 1:
+            drop(seconds / 10)
+            running = [name for name in running if name not in dropped]
         passed = time.perf_counter() - started
         if done >= least and passed * (done + 1) / done > seconds:
             break

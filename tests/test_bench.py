@@ -262,12 +262,29 @@ def test_who_is_far_too_slow_runs_once(bench):
 def test_who_does_not_matter_stops_early_and_the_others_go_on(bench, monkeypatch):
     now = iter(range(1000))
     monkeypatch.setattr(bench.measure.time, "perf_counter", lambda: float(next(now)))  # every round takes a second
-    clock = {"dense": 1.0, "ours": 2.0, "peer": 3.0, "slower": 4.0, "slowest": 90.0, "dear": 300.0, "cold": 1.0}
+    clock = {
+        "dense": 1.0,
+        "ours": 2.0,
+        "peer": 3.0,
+        "slower": 4.0,
+        "slowest": 90.0,
+        "dear": 300.0,
+        "cold": 1.0,
+        "seen late": 20.0,
+    }
 
     def wanted(times):
         return {"dense", "ours", min({"peer", "slower", "slowest"} & times.keys(), key=lambda name: times[name][0])}
 
-    known = {"dense": 1.0, "ours": 2.0, "peer": 80.0, "slower": 81.0, "slowest": 90.0, "dear": 300.0, "cold": 4.0}
+    known = {
+        "dense": 1.0,
+        "ours": 2.0,
+        "peer": 80.0,
+        "slower": 81.0,
+        "slowest": 90.0,
+        "dear": 300.0,
+        "cold": 4.0,
+    }  # not of all
     times = bench.measure.in_turn(
         {name: lambda name=name: name for name in clock},
         *(10.0, 3, 60, 0),
@@ -277,10 +294,10 @@ def test_who_does_not_matter_stops_early_and_the_others_go_on(bench, monkeypatch
     )
     assert {name: len(spent) for name, spent in times.items()} == {
         **{"dense": 10, "ours": 10, "peer": 10},  # the fastest of the peers, though its first pass was far too slow
-        **{"slower": 1, "slowest": 1, "dear": 1},
+        **{"slower": 1, "slowest": 1, "dear": 1, "seen late": 1},
         "cold": 6,  # half of the time; 4 s in its first pass are not long
     }
-    assert times["dear"] == [300.0]
+    assert (times["dear"], times["seen late"]) == ([300.0], [20.0])
     assert bench.measure.ratio([2.0, 4.0, 60.0], [1.0, 1.0]) == bench.measure.ratio([2.0, 4.0], [1.0, 1.0])
 
 
