@@ -153,6 +153,7 @@ def test_a_rerouted_folder_may_be_rerouted_again(crossways, plain, tmp_path):
         ((), "give a MODEL"),
         (("nowhere/at-all/x",), "holds no saved model: it does not exist"),
         (("/no/such/folder",), "does not exist"),
+        (("package:no_such_package_anywhere",), "no installed package 'no_such_package_anywhere'"),
         (("{plain}", "--rule", "usmo"), "unknown preset 'usmo' (did you mean 'usmoe'?)"),
         (("{plain}", "--select", "top_x"), "top_x"),
         (("{plain}", "--select", "{broken"), "is not JSON"),

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def test_full_fine_tuning_learns_and_is_not_repeated(recipe_fields, tmp_path):
     assert handle_of(model).routers["model.layers.0.mlp"].select.name == "top_c"
     assert all(handle_of(model).estimates())
     assert model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_run_leaves_what_it_names_and_warns_of_nothing(recipe_fields, tmp_path, recompute):
+    recipe_fields["tuning"] |= {"max_steps": 1, "gradient_checkpointing": recompute}
+    recipe_fields |= {"rules": {"own": {"rule": "token-choice"}}, "train_on": ["clean"]}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run_grid(FinetuneRecipe.model_validate(recipe_fields), tmp_path)
+    assert [str(w.message) for w in told if issubclass(w.category, FutureWarning)] == []
+    assert sorted(path.name for path in (tmp_path / "own/clean/seed-0").iterdir()) == ["model", "record.json"]
 
 
 @pytest.mark.parametrize("parameters", [None, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]])

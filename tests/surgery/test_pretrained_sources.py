@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from crossways.errors import UserError
+from crossways.surgery import sources
 from crossways.surgery.sources import load_pretrained, locate
 
 
@@ -47,6 +51,40 @@ def test_what_is_not_there(package, model, gguf, words):
         locate(model.format(folder=package), gguf)
 
 
+def test_a_package_without_a_file(package):
+    (package / "one.gguf").unlink()
+    with pytest.raises(UserError, match="holds no GGUF file"):
+        locate("package:shipped_model")
+
+
 def test_what_is_no_model_is_one_error(tmp_path):
+    with pytest.raises(UserError, match=r"there is no config\.json in it"):
+        load_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="cannot load"):
         load_pretrained(str(tmp_path))
+
+
+def test_a_gguf_file_and_the_dtype_reach_transformers(package, monkeypatch):
+    taken = []
+
+    class Loads:
+        config = SimpleNamespace(quantization_config="some")
+
+        @classmethod
+        def from_pretrained(cls, place, **options):
+            taken.append((place, options))
+            return cls
+
+    monkeypatch.setattr(sources, "AutoModelForCausalLM", Loads)
+    monkeypatch.setattr(sources, "AutoTokenizer", Loads)
+    monkeypatch.setattr(sources, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[package]))
+    load_pretrained("package:shipped_model", dtype=None, revision="x")
+    load_pretrained(str(package / "one.gguf"), dtype=torch.bfloat16)
+    assert taken == [
+        (str(package), {"gguf_file": "one.gguf", "dtype": torch.float32, "revision": "x"}),
+        (str(package), {"gguf_file": "one.gguf"}),
+        (str(package), {"gguf_file": "one.gguf", "dtype": torch.bfloat16}),
+        (str(package), {"gguf_file": "one.gguf"}),
+    ]
+    assert Loads.config.quantization_config is None

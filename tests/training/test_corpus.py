@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from crossways.errors import UserError
 from crossways.training import corpus as corpus_module
+from crossways.training import sources
 from crossways.training.corpus import Corpus, CorpusSettings, load_corpus, utf8_length
 
 
@@ -27,6 +28,11 @@ def texts_of(corpus: Corpus) -> list[str]:
 
 
 TEXTS = [f"document {i} é" for i in range(40)]
+
+
+@pytest.fixture
+def hub_has_it(monkeypatch):
+    monkeypatch.setattr(sources, "ask_hub", lambda name, kind: "there")
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["sequence", "stream"])
@@ -82,7 +88,7 @@ def test_limits(tmp_path, streaming):
     assert set(documents) != set(TEXTS[10:22])  # of the shuffled order, not of the file's
 
 
-def test_stream_reads_no_further_than_it_must(tmp_path, monkeypatch):
+def test_stream_reads_no_further_than_it_must(hub_has_it, monkeypatch):
     read = []
 
     def rows():
@@ -129,7 +135,7 @@ def test_parquet_and_other_field(tmp_path):
     assert sorted(texts_of(load_corpus(settings, 0, tmp_path / "cache"))) == sorted(TEXTS)
 
 
-def test_hub_dataset_gets_name_and_split(monkeypatch):
+def test_hub_dataset_gets_name_and_split(hub_has_it, monkeypatch):
     asked = {}
 
     def fake(path, **options):
@@ -143,7 +149,23 @@ def test_hub_dataset_gets_name_and_split(monkeypatch):
     assert expected.items() <= asked.items()
 
 
-def test_hub_failure_is_one_line(monkeypatch):
+@pytest.mark.parametrize(("answer", "words"), [("absent", "has none of that name"), ("silent", "cannot be reached")])
+def test_a_name_that_is_not_there_is_told_before_anything_is_tried(tmp_path, monkeypatch, answer, words):
+    monkeypatch.setattr(sources, "ask_hub", lambda name, kind: answer)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("tried"))
+    with pytest.raises(UserError, match=rf"^no dataset 'stdlb' \(did you mean 'stdlib'\?\): .* {words}"):
+        load_corpus(CorpusSettings(source="stdlb"), 0, tmp_path)
+
+
+def test_offline_what_was_prepared_before_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ask_hub", lambda name, kind: "silent")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": TEXTS}))
+    (tmp_path / "owner___big_code_2").mkdir()  # as `datasets` names the folder of owner/BigCode-2
+    corpus = load_corpus(CorpusSettings(source="owner/BigCode-2"), 0, tmp_path)
+    assert sorted(texts_of(corpus)) == sorted(TEXTS)
+
+
+def test_hub_failure_is_one_line(hub_has_it, monkeypatch):
     def offline(path, **options):
         raise ConnectionError("Couldn't reach the Hub\nlong story")
 

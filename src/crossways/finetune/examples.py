@@ -62,7 +62,7 @@ def _source(settings: ExampleSettings) -> Iterator[Example]:
 
 def _rows(source: str) -> Any:
     if not sources.is_local(source):
-        return sources.load_table(source, source, split="train")
+        return sources.load_hub_table(source, split="train")
     files = sources.local_files(source)
     data_files = [str(file.resolve()) for file in files]
     return sources.load_table(sources.file_format(files, source), source, data_files=data_files, split="train")

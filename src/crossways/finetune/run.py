@@ -18,12 +18,13 @@ from crossways.errors import UserError
 from crossways.evaluation.evaluate import leak_reason_of, rule_of
 from crossways.finetune.examples import Example
 from crossways.finetune.scoring import score_answers
-from crossways.finetune.settings import FinetuneRecipe, LoraSettings, RuleSettings, TuningSettings
+from crossways.finetune.settings import FinetuneRecipe, LoraSettings, RuleSettings
 from crossways.settings import Settings
 from crossways.study.atomic import write_text_atomic
 from crossways.surgery.checkpoint import load_causal_lm
 from crossways.surgery.handle import handle_of
 from crossways.surgery.reroute import reroute
+from crossways.training.recompute import recompute_arguments
 
 
 class Figure(Settings):
@@ -81,7 +82,7 @@ def finetune_one(
         trained_on: `clean` or `corrupted`.
         seed: of data order and adapters.
         data: examples under `train` (as they are to be trained on), `clean` and `corrupted` (validation).
-        out: folder for trainer output and the model.
+        out: folder for the model.
         progress: show a progress bar.
 
     Raises:
@@ -181,7 +182,7 @@ def _trainer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     arguments = SFTConfig(
-        output_dir=str(out / "trainer"),
+        output_dir=str(out),  # it is made, and nothing is written to it
         max_steps=tuning.max_steps,
         per_device_train_batch_size=tuning.batch_size,
         gradient_accumulation_steps=tuning.gradient_accumulation_steps,
@@ -191,7 +192,7 @@ def _trainer(
         max_length=tuning.max_length,
         completion_only_loss=True,
         bf16=tuning.dtype == "bfloat16",
-        **_checkpointing(tuning),
+        **recompute_arguments(tuning.gradient_checkpointing),
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=tuning.logging_steps,
         save_strategy="no",
@@ -209,12 +210,6 @@ def _trainer(
         processing_class=tokenizer,
         peft_config=None if recipe.lora is None else _adapters(recipe.lora),
     )
-
-
-def _checkpointing(tuning: TuningSettings) -> dict[str, Any]:
-    if not tuning.gradient_checkpointing:
-        return {"gradient_checkpointing": False}
-    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def _adapters(lora: LoraSettings) -> Any:

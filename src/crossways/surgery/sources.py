@@ -10,13 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from crossways.errors import UserError
+from crossways.hub import loading_options
 from crossways.models import register
 
 PACKAGE = "package:"
 
 
 def load_pretrained(
-    model: str, gguf: str | None = None, dtype: torch.dtype = torch.float32
+    model: str, gguf: str | None = None, dtype: torch.dtype | None = torch.float32, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, both from the same place.
 
@@ -24,26 +25,36 @@ def load_pretrained(
         model: a folder, the name of a hub's model, a GGUF file, or `package:NAME` for the one GGUF file inside an
             installed Python package.
         gguf: name of a GGUF file in `model`, which needs the package `gguf`.
-        dtype: of the weights; quantised GGUF weights are unpacked to it.
+        dtype: of the weights; None as saved. Quantised GGUF weights are unpacked to it, for None to float32.
+        **kwargs: for transformers' `from_pretrained` of the model.
 
     Raises:
         UserError: nothing there, several GGUF files, or something transformers cannot load.
     """
     place, file = locate(model, gguf)
-    options: dict[str, Any] = {}
-    if file is not None:
-        if find_spec("gguf") is None:
-            raise UserError("reading a GGUF file needs the package gguf: pip install 'crossways[pretrained]'")
-        options = {"gguf_file": file}
+    options = _options(place, file)
     register()
+    if dtype is not None or file is not None:
+        kwargs["dtype"] = dtype or torch.float32
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(place, **options, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load {model}: {error}") from error
+        raise UserError(f"cannot load the model {model}: {error}") from error
     if file is not None:
         loaded.config.quantization_config = None  # the weights are no longer quantised
     return loaded, tokenizer
+
+
+def _options(place: str, file: str | None) -> dict[str, Any]:
+    """What model and tokenizer are both loaded with."""
+    if file is None:
+        if Path(place).is_dir() and not Path(place, "config.json").is_file():
+            raise UserError(f"{place} holds no saved model: there is no config.json in it")
+        return loading_options(place)
+    if find_spec("gguf") is None:
+        raise UserError("reading a GGUF file needs the package gguf: pip install 'crossways[pretrained]'")
+    return {"gguf_file": file, **loading_options(place, file)}
 
 
 def locate(model: str, gguf: str | None = None) -> tuple[str, str | None]:
@@ -75,5 +86,6 @@ def _package_folder(name: str) -> Path:
 def _only_gguf(folder: Path) -> str:
     files = sorted(file.name for file in folder.glob("*.gguf"))
     if len(files) != 1:
-        raise UserError(f"{folder} holds {len(files)} GGUF files {files}; name one by --gguf")
+        what = f"{len(files)} GGUF files {files}; name one by --gguf" if files else "no GGUF file, so no model"
+        raise UserError(f"{folder} holds {what}")
     return files[0]

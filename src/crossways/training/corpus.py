@@ -115,7 +115,7 @@ def _open_table(settings: CorpusSettings, cache_dir: Path | None) -> Any:
     common: dict[str, Any] = {"streaming": settings.streaming, "cache_dir": cache}
     if not sources.is_local(settings.source):
         options = {"name": settings.name, "split": settings.split, **common}
-        return sources.load_table(settings.source, settings.source, **options)
+        return sources.load_hub_table(settings.source, **options)
     files = sources.local_files(settings.source)
     data_files = [str(file.resolve()) for file in files]
     file_format = sources.file_format(files, settings.source)

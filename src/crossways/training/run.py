@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from crossways.training.checkpoints import remove_torn_checkpoints
 from crossways.training.corpus import Corpus
 from crossways.training.memory import peak_memory_bytes, reset_peak_memory
 from crossways.training.packing import token_counts, training_windows
+from crossways.training.recompute import recompute_arguments
 from crossways.training.settings import TrainingSettings
 from crossways.training.start import starting_model
 from crossways.training.trainer import CrosswaysTrainer
@@ -112,7 +112,7 @@ def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, progress: b
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.dtype == "bfloat16",
         fp16=settings.dtype == "float16",
-        **_checkpointing(settings),
+        **recompute_arguments(settings.gradient_checkpointing),
         use_cpu=not torch.accelerator.is_available(),  # else bfloat16 is refused on a CPU
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
@@ -125,15 +125,6 @@ def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, progress: b
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def _checkpointing(settings: TrainingSettings) -> dict[str, Any]:
-    if not settings.gradient_checkpointing:
-        return {}
-    # transformers 5.2x renames the option; both names mean the same.
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _tokens_per_step(windows: Dataset[Any] | IterableDataset[Any], settings: TrainingSettings) -> int:

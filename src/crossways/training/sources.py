@@ -21,6 +21,8 @@ from typing import Any, overload
 import datasets
 
 from crossways.errors import UserError
+from crossways.hub import ask_hub, of_the_hub
+from crossways.rules.registry import nearest
 
 TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
@@ -223,6 +225,31 @@ def file_format(files: Sequence[Path], source: str) -> str:
             "name one kind with a glob, as in 'data/**/*.jsonl'"
         )
     return formats.pop()
+
+
+def load_hub_table(source: str, **options: Any) -> Any:
+    """A dataset of the hub, or, where the hub does not answer, what `datasets` keeps of it.
+
+    Raises:
+        UserError: not found, offline, unknown configuration or split.
+    """
+    answer = ask_hub(source, "dataset")
+    if answer == "absent" or (answer == "silent" and not _prepared(source, options.get("cache_dir"))):
+        raise UserError(
+            f"no dataset {source!r}{nearest(source, ['stdlib'])}: no such file or folder, and {of_the_hub(answer)}"
+        )
+    return load_table(source, source, **options)
+
+
+def _prepared(source: str, cache_dir: str | None) -> bool:
+    """Whether `datasets` has prepared a dataset of this name before; its folders are named OWNER___NAME, with NAME
+    in snake case."""
+    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+    return root.is_dir() and _letters(source) in {_letters(folder.name) for folder in root.iterdir()}
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def load_table(path: str, source: str, **options: Any) -> Any:

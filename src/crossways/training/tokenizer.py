@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from crossways.errors import UserError
+from crossways.hub import loading_options
 from crossways.models import register
 from crossways.settings import Settings
 from crossways.training.corpus import Corpus, utf8_length
@@ -99,7 +100,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str
 def load_named(name: str) -> PreTrainedTokenizerBase:
     register()  # a folder of ours would otherwise be asked whether its code may be trusted
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **loading_options(name, "tokenizer_config.json"))
     except Exception as error:  # parsers and the network raise types without a common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load tokenizer {name!r}: {reason}") from error
