@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crossways.assignment import Assignment
+from crossways.errors import UserError
 from crossways.rectangle import to_rectangle
 
 Form = Literal["pairs", "dense", "sorted", "late"]
@@ -27,6 +28,28 @@ def logits_in(output: Any, form: Form) -> Tensor:
     """The logits (T, E) in what a router returned; of whatever shape the family gives them."""
     logits_TE = {"pairs": 0, "dense": 1, "sorted": 4, "late": 0}[form]
     return output[logits_TE]
+
+
+def logits_behind(probs_TE: Tensor, said: Tensor | None, part: str) -> Tensor:
+    """The logits behind probabilities; without the part of the router that says them, up to a shift for each token.
+
+    Args:
+        probs_TE: float32 (T, E).
+        said: what that part said, T E numbers; None if there is no such part.
+        part: its name.
+
+    Raises:
+        UserError: if the probabilities are not those of what was said.
+    """
+    if said is None:
+        return probs_TE.log()
+    logits_TE = said.reshape(probs_TE.shape).float()
+    if not torch.allclose(logits_TE.softmax(-1), probs_TE, atol=1e-2):
+        raise UserError(
+            f"the router's probabilities are no longer those of {part} (an adapter on it?); put adapters on the "
+            "router before rerouting"
+        )
+    return logits_TE
 
 
 def chosen_in(output: Any, form: Form, num_experts: int, *, skips: bool = False) -> tuple[Tensor, Tensor]:

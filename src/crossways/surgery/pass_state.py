@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossways.routing import Decided
 from crossways.surgery.find import Block, UnknownRoutingError
 from crossways.surgery.packing import Packing, find_packing
 
@@ -37,6 +38,19 @@ class PassState:
     def tokens(self) -> int:
         """What a router is called with in this pass."""
         return self.rows * self.length if self.packing is None else len(self.packing.place_T)
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """What a block must know of a pass of the decoder. Estimates are copies, so that recomputation under gradient
+    checkpointing decides alike after they have been updated."""
+
+    state: PassState | None = None
+    causal: bool = False
+    cutoff_C: Tensor | None = None
+    normaliser_E: Tensor | None = None
+    decided: Decided | None = None
+    """What to execute instead of deciding."""
 
 
 SIGNATURES = (("inputs_embeds", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))

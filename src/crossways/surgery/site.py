@@ -12,38 +12,24 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.routing import Context, Decided, Routing
 from crossways.surgery.copying import copy_with
 from crossways.surgery.dense_experts import ChosenOnly
+from crossways.surgery.family_weights import balancing_bias, scaled, shared_logits, shared_weights
 from crossways.surgery.find import Block
-from crossways.surgery.forms import chosen_in, handed_over, logits_in
-from crossways.surgery.packing import Packing
-from crossways.surgery.pass_state import PassState
+from crossways.surgery.forms import chosen_in, handed_over, logits_behind, logits_in
+from crossways.surgery.pair_rows import PairRows, one_row_per_pair
+from crossways.surgery.pass_state import BlockPass, PassState
 from crossways.surgery.ragged import Experts, RaggedExperts, take_over
-from crossways.surgery.reading import Reading, tensor_at
-from crossways.surgery.site_router import Beside, SiteRouter
-
-
-@dataclass(frozen=True)
-class BlockPass:
-    """What a block must know of a pass of the decoder. Estimates are copies, so that recomputation under gradient
-    checkpointing decides alike after they have been updated."""
-
-    state: PassState | None = None
-    causal: bool = False
-    cutoff_C: Tensor | None = None
-    normaliser_E: Tensor | None = None
-    decided: Decided | None = None
-    """What to execute instead of deciding."""
+from crossways.surgery.reading import Reading
+from crossways.surgery.site_router import SiteRouter, detached
 
 
 class RoutedBlock:
@@ -70,7 +56,7 @@ class RoutedBlock:
         self.passing = BlockPass()
         self.live = False
         self.routing: Routing | None = None
-        self._flat: tuple[Tensor, torch.Size] | None = None
+        self._given: PairRows | None = None
         self._said: Tensor | None = None
         self._handles = [block.router.register_forward_hook(self.after_router)]
         if reading.logits_from is not None:
@@ -101,7 +87,13 @@ class RoutedBlock:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a pass, which may hold a graph of gradients."""
-        return vars(self) | {"passing": BlockPass(), "live": False, "routing": None, "_flat": None, "_said": None}
+        return vars(self) | {
+            "passing": BlockPass(),
+            "live": False,
+            "routing": None,
+            "_given": None,
+            "_said": None,
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedBlock:
         return copy_with(self, self.model, memo)
@@ -152,7 +144,9 @@ class RoutedBlock:
         self.router.follow(logits_TE.device, training=training)
         untouched = self._untouched()
         state = self._state(logits_TE.numel() // logits_TE.shape[-1])
-        self.router.beside = self._beside(given, state) if reading.shared and not untouched else None
+        packing = None if state is None else state.packing
+        beside = shared_logits(self.block, reading, given[0], packing) if reading.shared and not untouched else None
+        self.router.beside = beside
         with self.router.repeating(self._executed(output)) if untouched else nullcontext():
             logits_BSE = self._rows(logits_TE, state)
             routing = self.router(logits_BSE, self._context(state, logits_BSE.device))
@@ -160,17 +154,17 @@ class RoutedBlock:
             self.routing = detached(routing)
         if untouched:
             return output
-        packing = None if state is None else state.packing
+        self.router.beside = None
         pairs = routing.assignment if packing is None else packing.gather_pairs(routing.assignment)
         if self._chosen_only is not None:
             self._chosen_only.assignment = pairs
         return handed_over(
             output,
             reading.hands_over,
-            self._scaled(pairs),
+            scaled(self.block, reading, pairs),
             skips=reading.skips,
             filler=self._filler,
-            shared_TN=self._scaled_beside(packing),
+            shared_TN=None if beside is None else shared_weights(self.block, reading, beside, packing),
         )
 
     def _untouched(self) -> bool:
@@ -182,7 +176,8 @@ class RoutedBlock:
         num_experts = logits_TE.shape[-1]
         logits_TE = logits_TE.reshape(-1, num_experts).float()
         if self.reading.probabilities:
-            logits_TE = self._before_softmax(logits_TE)
+            said, self._said = self._said, None
+            logits_TE = logits_behind(logits_TE, said, f"{self.block.name}'s {self.reading.logits_from}")
         shape = (1, len(logits_TE)) if state is None else (state.rows, state.length)
         if state is not None and state.packing is not None:
             logits_TE = state.packing.spread(logits_TE)
@@ -191,19 +186,6 @@ class RoutedBlock:
     def after_logits(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the part of the router that says its logits, where the router itself does not."""
         self._said = output
-
-    def _before_softmax(self, probs_TE: Tensor) -> Tensor:
-        """The logits behind probabilities; without the part that says them, up to a shift for each token."""
-        said, self._said = self._said, None
-        if said is None:
-            return probs_TE.log()
-        logits_TE = said.reshape(probs_TE.shape).float()
-        if not torch.allclose(logits_TE.softmax(-1), probs_TE, atol=1e-2):
-            raise UserError(
-                f"{self.block.name}: the router's probabilities are no longer those of its "
-                f"{self.reading.logits_from} (an adapter on it?); put adapters on the router before rerouting"
-            )
-        return logits_TE
 
     def _state(self, tokens: int) -> PassState | None:
         """The pass, if it is one of this many tokens."""
@@ -224,16 +206,14 @@ class RoutedBlock:
         return not all(rule.causal and rule.batch_invariant for rule in (self.router.select, self.router.score))
 
     def _context(self, state: PassState | None, device: torch.device) -> Context:
-        passing, bias = self.passing, None
-        if self.reading.bias is not None and self.router.score == self.reading.score:
-            bias = tensor_at(self.block.parent, self.reading.bias).float().flatten()
+        passing, of_family = self.passing, self.router.score == self.reading.score
         return Context(
             valid_BS=_to(state.valid_BS, device) if state else None,
             causal=passing.causal,
             token_ids_BS=state.token_ids_BS if state else None,
             cutoff_C=_to(passing.cutoff_C, device),
             normaliser_E=_to(passing.normaliser_E, device),
-            bias_E=bias,
+            bias_E=balancing_bias(self.block, self.reading) if of_family else None,
             decided=passing.decided,
         )
 
@@ -248,32 +228,6 @@ class RoutedBlock:
             mask_TE = mask_TE & state.valid_BS.reshape(-1, 1).to(mask_TE.device)
         return Assignment.from_mask(mask_TE, weight_TE)
 
-    def _scaled(self, assignment: Assignment) -> Assignment:
-        """With the family's factor of each expert or of all, if it has one."""
-        if self.reading.factor is None:
-            return assignment
-        factor_E = tensor_at(self.block.parent, self.reading.factor).flatten()
-        factor_P = factor_E if factor_E.numel() == 1 else factor_E[assignment.expert_P]
-        return assignment.with_weights(assignment.weight_P * factor_P.to(assignment.weight_P))
-
-    def _beside(self, given: tuple[Tensor, ...], state: PassState | None) -> Beside:
-        """The logits of shared experts, which the family's router computes and does not say."""
-        assert self.reading.shared is not None
-        weight_ND = tensor_at(self.block.parent, self.reading.shared)[self.reading.num_experts :]
-        x_TD = given[0].reshape(-1, given[0].shape[-1])
-        logits_TN = functional.linear(x_TD.float(), weight_ND.float())
-        return Beside(logits_TN if state is None or state.packing is None else state.packing.spread(logits_TN))
-
-    def _scaled_beside(self, packing: Packing | None) -> Tensor | None:
-        """The weights of shared experts that belong to the choice, (T, N), with the family's factor."""
-        beside, self.router.beside = self.router.beside, None
-        if beside is None:
-            return None
-        weight_TN = beside.weight_TN if packing is None else packing.gather(beside.weight_TN)
-        if self.reading.factor is None:
-            return weight_TN
-        return weight_TN * tensor_at(self.block.parent, self.reading.factor).flatten().float()
-
     @torch.compiler.disable
     def before_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the experts: one row per chosen pair, unless every place is taken."""
@@ -284,42 +238,18 @@ class RoutedBlock:
             said, self._said = self._said, None
             _, weight_TK, index_TK = self._rerouted((said, weight_TK, index_TK), module.training, (x_TD,))
             bound.arguments |= {index: index_TK, weight: weight_TK}
-        taken_TK = index_TK < self.reading.num_places
-        self._flat = None
-        if bool(taken_TK.all()):
-            return bound.args[1:], bound.kwargs
-        shape = x_TD.shape
-        x_TD = x_TD.reshape(-1, shape[-1])
-        token_P = taken_TK.nonzero()[:, 0]
-        expert_P, weight_P = index_TK[taken_TK], weight_TK[taken_TK]
-        self._flat = (token_P, shape[:-1])
-        if not len(token_P):  # no pair at all: experts need a row, and a weight of zero makes it nothing
-            token_P, expert_P = token_P.new_zeros(1), expert_P.new_zeros(1)
-            weight_P = weight_P.new_zeros(1)
-            self._flat = (token_P, shape[:-1])
-        bound.arguments |= {x: x_TD[token_P], index: expert_P[:, None], weight: weight_P[:, None]}
+        rows = one_row_per_pair(x_TD, index_TK, weight_TK, self.reading.num_places)
+        self._given = None
+        if rows is not None:
+            self._given, x_PD, expert_P, weight_P = rows
+            bound.arguments |= {x: x_PD, index: expert_P, weight: weight_P}
         return bound.args[1:], bound.kwargs
 
     @torch.compiler.disable
     def after_experts(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook of the experts: sum the rows of each token, in float32 as a 16-bit sum would lose digits."""
-        if self._flat is None:
-            return None
-        token_P, shape = self._flat
-        self._flat = None
-        wide_PD = output.reshape(len(token_P), -1)
-        wide_PD = wide_PD.float() if output.dtype in (torch.float16, torch.bfloat16) else wide_PD
-        summed_TD = wide_PD.new_zeros(shape.numel(), output.shape[-1]).index_add(0, token_P, wide_PD)
-        return summed_TD.to(output.dtype).reshape(*shape, -1)
-
-
-def detached(routing: Routing) -> Routing:
-    """Without the graph of gradients, which would otherwise live until the next pass."""
-    if not (routing.logits_TE.requires_grad or routing.assignment.weight_P.requires_grad):
-        return routing
-    pairs = routing.assignment.with_weights(routing.assignment.weight_P.detach())
-    logits_TE, scores_TE = routing.logits_TE.detach(), routing.scores_TE.detach()
-    return replace(routing, logits_TE=logits_TE, scores_TE=scores_TE, assignment=pairs)
+        """Forward hook of the experts: the rows of each token summed up."""
+        rows, self._given = self._given, None
+        return None if rows is None else rows.summed(output)
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

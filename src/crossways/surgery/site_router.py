@@ -108,3 +108,12 @@ class SiteRouter(Router):
         if self.bias_of_logits and context.bias_E is not None:
             return logits_BSE + context.bias_E
         return super()._choice(logits_BSE, scores_BSE, context)
+
+
+def detached(routing: Routing) -> Routing:
+    """Without the graph of gradients, which would otherwise live until the next pass."""
+    if not (routing.logits_TE.requires_grad or routing.assignment.weight_P.requires_grad):
+        return routing
+    pairs = routing.assignment.with_weights(routing.assignment.weight_P.detach())
+    logits_TE, scores_TE = routing.logits_TE.detach(), routing.scores_TE.detach()
+    return replace(routing, logits_TE=logits_TE, scores_TE=scores_TE, assignment=pairs)

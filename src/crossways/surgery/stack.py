@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from crossways.surgery.copying import copy_with
-from crossways.surgery.pass_state import read_pass
-from crossways.surgery.site import BlockPass, RoutedBlock
+from crossways.surgery.pass_state import BlockPass, read_pass
+from crossways.surgery.site import RoutedBlock
 
 if TYPE_CHECKING:
     from crossways.surgery.handle import Handle
