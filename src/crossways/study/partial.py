@@ -10,7 +10,7 @@ import torch
 from pydantic import create_model
 from transformers import LlamaConfig
 
-from crossways.models.configuration import CrosswaysConfig
+from crossways.models.fields import RoutingFields
 from crossways.settings import Settings
 from crossways.training.settings import TrainingSettings
 
@@ -23,8 +23,8 @@ def partial(name: str, types: Mapping[str, Any]) -> type[Settings]:
 
 def model_field_types() -> dict[str, Any]:
     """The fields of `CrosswaysConfig` a recipe may set: the architecture's, not those a run finds out by itself."""
-    hints = typing.get_type_hints(CrosswaysConfig, localns={"torch": torch})
-    own = [name for cls in (LlamaConfig, CrosswaysConfig) for name in vars(cls)["__annotations__"]]
+    hints = typing.get_type_hints(RoutingFields, localns={"torch": torch})
+    own = [name for cls in (LlamaConfig, RoutingFields) for name in vars(cls)["__annotations__"]]
     left_out = {"use_cache", "pretraining_tp", "pad_token_id", "bos_token_id", "eos_token_id", "model_type"}
     types = {name: hints[name] for name in own if name in hints and name not in left_out}
     # transformers types it as a TypedDict that pydantic cannot read on Python 3.11.

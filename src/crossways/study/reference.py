@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from crossways.evaluation.settings import EvaluationSettings
-from crossways.models.configuration import CrosswaysConfig
+from crossways.models.fields import RoutingFields
 from crossways.study.recipe import MatchSettings, Recipe, Variant, VariantMatch
 from crossways.study.record import Comparison
 from crossways.training.corpus import CorpusSettings
@@ -56,9 +56,9 @@ def _default(field: FieldInfo) -> str:
 
 
 def _model_rows() -> list[tuple[str, str, str]]:
-    own = CrosswaysConfig.__annotations__
-    fields = {field.name: field for field in dataclasses.fields(CrosswaysConfig)}  # type: ignore[arg-type]
-    texts = _attribute_docstrings(CrosswaysConfig)
+    own = RoutingFields.__annotations__
+    fields = {field.name: field for field in dataclasses.fields(RoutingFields)}  # type: ignore[arg-type]
+    texts = _attribute_docstrings(RoutingFields)
     return [(name, f"`{fields[name].default!r}`", _line(texts[name])) for name in own if name in texts]
 
 

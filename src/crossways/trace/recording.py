@@ -25,6 +25,7 @@ def traced(model: nn.Module, settings: TraceSettings | None = None, into: Trace 
     and decode twins included. Nothing is derived again from logits.
 
     A routed model of transformers needs no preparation: it is recorded under its own routing and put back after.
+    Routed attention (`attention_experts`) is left out: a head's choice among matrices of its own is no expert path.
     The given module itself must be called (`generate` does). Decisions that gradient checkpointing repeats in the
     backward pass are not counted twice.
 
