@@ -16,6 +16,7 @@ from crossways.commands.calibrate import calibrate_command
 from crossways.commands.embed import embed_command
 from crossways.commands.finetune import finetune_command
 from crossways.commands.harness import harness_command
+from crossways.commands.options import CorpusSource, RecipeOfText, TextOverrides, with_source
 from crossways.commands.reroute import reroute_command
 from crossways.commands.routers import routers_command
 from crossways.commands.terminal import no_bars_in_logs
@@ -29,6 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+TRAIN, SAVED, PRETRAINED = "Train and compare", "Saved models", "Pretrained models"
+"""Headings of the help."""
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (see `crossways recipes`) or a YAML file.")]
 SetOption = Annotated[
@@ -79,7 +83,7 @@ def _options(
     """Train, compare and look at Mixture-of-Experts routings."""
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def study(
     recipe: RecipeArgument,
     out: OutOption = None,
@@ -105,7 +109,7 @@ def study(
     run_study(loaded, out or _default_out(recipe), only=_names(only), seeds=_seeds(seeds), force=force)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
     recipe: RecipeArgument,
     variant: Annotated[str, typer.Option(help="Which variant of the recipe.")],
@@ -136,31 +140,33 @@ def train(
     typer.echo(f"model: {run_folder(out, variant, seed) / 'model'}")
 
 
-@app.command(name="eval")
+@app.command(name="eval", rich_help_panel=SAVED)
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
-    recipe: Annotated[
-        str | None, typer.Option(help="Take corpus, split_seed and evaluation from this recipe.")
-    ] = None,
-    overrides: SetOption = None,
-    corpus: Annotated[str | None, typer.Option(help="Source of the text; short for --set corpus.source=...")] = None,
+    checkpoint: Annotated[Path, typer.Argument(help="Folder or hub name of a saved model and its tokenizer.")],
+    recipe: RecipeOfText = None,
+    overrides: TextOverrides = None,
+    corpus: CorpusSource = None,
     causal: Annotated[bool, typer.Option("--causal", help="Route by the decode twin, as generation does.")] = False,
     out: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="JSON file; default CHECKPOINT/evaluation.json.")
+        Path | None,
+        typer.Option(
+            dir_okay=False, help="JSON file; default CHECKPOINT/evaluation.json, or runs/NAME/ for a hub name."
+        ),
     ] = None,
 ) -> None:
     """Evaluate a saved model on a corpus: print a table and write JSON.
 
-    Without --recipe, a model trained by a study is evaluated as there. --set takes corpus, evaluation, split_seed.
+    Without --recipe, a model trained by a study is evaluated as there.
     """
     from crossways.evaluation.command import evaluate_checkpoint
 
     no_bars_in_logs()
-    sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
-    evaluate_checkpoint(checkpoint, out or checkpoint / "evaluation.json", recipe, sets, causal=causal)
+    beside = checkpoint if checkpoint.is_dir() else Path("runs") / checkpoint.name
+    out = out or beside / "evaluation.json"
+    evaluate_checkpoint(checkpoint, out, recipe, with_source(overrides, corpus), causal=causal)
 
 
-@app.command()
+@app.command(rich_help_panel=SAVED)
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
     to: Annotated[str, typer.Option(help="Family of transformers: qwen2-moe or mixtral.")],
@@ -174,7 +180,7 @@ def export(
     typer.echo(f"model: {out}")
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def report(out: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
     """Write table and page again from the records of a study."""
     from crossways.study.publish import publish
@@ -182,7 +188,7 @@ def report(out: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> N
     publish(out)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def recipes(
     reference: Annotated[bool, typer.Option("--reference", help="Print what a recipe may say, as Markdown.")] = False,
 ) -> None:
@@ -198,14 +204,14 @@ def recipes(
         typer.echo(f"{name}: {parse_yaml(file.read_text(encoding='utf-8'), name).get('title', '')}")
 
 
-app.command("calibrate")(calibrate_command)
-app.command("embed")(embed_command)
-app.command("finetune")(finetune_command)
-app.command("harness")(harness_command)
-app.command("reroute")(reroute_command)
-app.command("routers")(routers_command)
-app.command("upcycle")(upcycle_command)
-app.command("tune")(tune_command)
+app.command("routers", rich_help_panel=TRAIN)(routers_command)
+app.command("harness", rich_help_panel=SAVED)(harness_command)
+app.command("embed", rich_help_panel=SAVED)(embed_command)
+app.command("calibrate", rich_help_panel=SAVED)(calibrate_command)
+app.command("reroute", rich_help_panel=PRETRAINED)(reroute_command)
+app.command("tune", rich_help_panel=PRETRAINED)(tune_command)
+app.command("upcycle", rich_help_panel=PRETRAINED)(upcycle_command)
+app.command("finetune", rich_help_panel=PRETRAINED)(finetune_command)
 
 
 def _default_out(recipe: str) -> Path:

@@ -112,7 +112,8 @@ def replayed(model: nn.Module, decisions: Decisions) -> Iterator[None]:
         if handle and any(router.weigh is not None for router in handle.routers.values()):
             raise UserError(
                 f"{type(model).__name__} weighs an expert by what comes near it, so that other experts than its own "
-                "choice have no weight: decisions cannot be replayed"
+                "choice have no weight: decisions cannot be replayed; reroute it by another score first, for example "
+                "reroute(model, 'token-choice', score='softmax')"
             )
         feed = _Feed(decisions, len(router_sites(model)))
         decider = deciders[0]

@@ -87,9 +87,14 @@ def test_a_family_whose_weights_hang_on_its_own_choice_is_refused(make, batch):
     model = make("phimoe")
     with recorded(model) as decisions:
         model(**batch("left"), use_cache=False)
-    with pytest.raises(UserError, match="cannot be replayed"), replayed(model, decisions):
+    with pytest.raises(UserError, match=r"cannot be replayed.* score='softmax'"), replayed(model, decisions):
         pass
     assert handle_of(model) is None
+    with reroute(model, "token-choice", score="softmax"), torch.no_grad():  # what the refusal says to do
+        with recorded(model) as decisions:
+            before = model(**batch("left"), use_cache=False)[0]
+        with replayed(model, decisions):
+            torch.testing.assert_close(model(**batch("left"), use_cache=False)[0], before)
 
 
 def test_routers_of_a_rerouted_model_are_told_whose_loads_count(make):

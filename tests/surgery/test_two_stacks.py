@@ -128,8 +128,17 @@ def test_decisions_of_several_stacks_are_not_replayed(model, inputs):
     """Their passes need not come in the order of the recorded ones."""
     with recorded(model) as decisions:
         logits_of(model, inputs)
-    with pytest.raises(ValueError, match="2 stacks"), replayed(model, decisions):
+    with pytest.raises(ValueError, match=r"2 stacks.* replay one stack"), replayed(model, decisions):
         logits_of(model, inputs)
+
+
+@torch.no_grad()
+def test_decisions_of_one_stack_are(model, batch):
+    encoder, given = model.model.encoder, batch("left")
+    with recorded(encoder) as decisions:
+        before = encoder(**given)[0]
+    with replayed(encoder, decisions):
+        torch.testing.assert_close(encoder(**given)[0], before)
 
 
 def test_a_rule_over_the_batch_has_its_twin_on_the_canvas_too(model, inputs):

@@ -9,20 +9,17 @@ from typing import Annotated
 
 import typer
 
+from crossways.commands.options import CorpusSource, RecipeOfText, TextOverrides, with_source
+
 
 def calibrate_command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
     out: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for the calibrated model; may be CHECKPOINT itself.")
     ],
-    recipe: Annotated[
-        str | None, typer.Option(help="Take corpus, split_seed and evaluation from this recipe.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override corpus, split_seed or evaluation keys."),
-    ] = None,
-    corpus: Annotated[str | None, typer.Option(help="Source of the text; short for --set corpus.source=...")] = None,
+    recipe: RecipeOfText = None,
+    overrides: TextOverrides = None,
+    corpus: CorpusSource = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Training tokens to calibrate on, in whole documents.")
     ] = 100_000,
@@ -43,8 +40,7 @@ def calibrate_command(
     from crossways.training.corpus import load_corpus
 
     no_bars_in_logs()
-    sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
-    request = requested(checkpoint, recipe, sets, "crossways calibrate")
+    request = requested(checkpoint, recipe, with_source(overrides, corpus), "crossways calibrate")
     model, tokenizer = load_causal_lm(checkpoint)
     request = request.for_context(subject_of(model).context)
     text = load_corpus(request.corpus, request.split_seed)

@@ -1,4 +1,4 @@
-"""Options that `crossways embed` and `crossways harness` share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from typing import Annotated
 
 import typer
 
+RecipeOfText = Annotated[
+    str | None, typer.Option("--recipe", help="Take corpus, split_seed and evaluation from this recipe.")
+]
+TextOverrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override corpus, split_seed or evaluation keys."),
+]
+CorpusSource = Annotated[
+    str | None,
+    typer.Option("--corpus", help="Text: stdlib (default), files or a data set; short for --set corpus.source=..."),
+]
 ModelName = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Folder or hub name of a causal language model.")
 ]
@@ -22,3 +33,8 @@ RecordFile = Annotated[
     Path | None, typer.Option(dir_okay=False, help="JSON file for the record; default: only print.")
 ]
 ListTasks = Annotated[bool, typer.Option("--list", help="List the shipped task lists and exit.")]
+
+
+def with_source(overrides: list[str] | None, corpus: str | None) -> list[str]:
+    """Overrides, and the source of the text among them if it was given by itself."""
+    return [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]

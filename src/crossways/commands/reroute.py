@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from crossways.commands.options import TextOverrides, with_source
 from crossways.errors import UserError
 
 
@@ -38,10 +39,7 @@ def reroute_command(
         str | None, typer.Option(help="Text to calibrate decode twins on: stdlib, files or a data set.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, in whole documents.")] = 100_000,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override corpus, split_seed or evaluation keys."),
-    ] = None,
+    overrides: TextOverrides = None,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets and exit.")] = False,
 ) -> None:
     """Change how MODEL routes, without training; list what changed, and save it with --out.
@@ -110,8 +108,9 @@ def _calibrated(model: Any, tokenizer: Any, name: str, corpus: str, overrides: l
     from crossways.evaluation.subject import subject_of
     from crossways.training.corpus import load_corpus
 
-    sets = [*overrides, f"corpus.source={corpus}"]
-    request = requested(Path(name), None, sets, "crossways reroute").for_context(subject_of(model).context)
+    request = requested(Path(name), None, with_source(overrides, corpus), "crossways reroute").for_context(
+        subject_of(model).context
+    )
     text = load_corpus(request.corpus, request.split_seed)
     return calibrate(
         model,

@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
+from crossways.commands.options import CorpusSource, with_source
+
 
 def tune_command(
     model_name: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or hub name of a routed model of transformers.")
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the checkpoint and the evidence beside it.")],
-    corpus: Annotated[
-        str | None,
-        typer.Option(help="Source of the text; short for --set corpus.source=... Default: the embedded corpus."),
-    ] = None,
+    corpus: CorpusSource = None,
     max_loss: Annotated[
         str, typer.Option(help="How much worse the model may get: 1% of perplexity, or 0.01nats per token.")
     ] = "1%",
@@ -50,7 +49,7 @@ def tune_command(
     no_bars_in_logs()
     console = Console()
     loss_limit(max_loss)  # a mistake is told before the model is loaded
-    sets = [*(overrides or ()), *([f"corpus.source={corpus}"] if corpus else [])]
+    sets = with_source(overrides, corpus)
     request = validated(TuningRequest, apply_overrides({}, sets), "crossways tune")
     text = load_corpus(request.corpus, request.split_seed)
     model, tokenizer = load_causal_lm(model_name)

@@ -217,7 +217,8 @@ class Handle:
             return repeat(None)
         if len(self.stacks) > 1:
             raise UserError(
-                f"{type(self.model).__name__} has {len(self.stacks)} stacks: decisions cannot be replayed"
+                f"{type(self.model).__name__} has {len(self.stacks)} stacks, whose passes need not come in the order "
+                "of the recorded ones: decisions cannot be replayed; record and replay one stack, such as its encoder"
             )
         return self.replay(ids_BS)
 

@@ -18,10 +18,10 @@ from crossways.evaluation.embeddings.reader import read_last_token
 from crossways.evaluation.embeddings.settings import EmbeddingSettings
 from crossways.evaluation.executed import Executed, RoutingRecord, decided_by, rules_of
 from crossways.evaluation.padding import padded
-from crossways.evaluation.seen import see_routing
 from crossways.evaluation.subject import subject_of
 from crossways.router import Router
 from crossways.sites import router_sites
+from crossways.surgery.attach import attach_own
 
 
 class RoutedEncoder:
@@ -43,7 +43,9 @@ class RoutedEncoder:
         self.model, self.tokenizer = model, tokenizer
         self.settings = settings or EmbeddingSettings()
         self.statistics: Statistics | None = None
-        see_routing(model, needed=self.settings.reads_routing)
+        attach_own(model, needed=self.settings.reads_routing)
+        if self.settings.reads_routing and not router_sites(model):
+            raise UserError("this model has no routed layer, so it has no routing weights; use kind hs")
         self.executed = Executed(model)
         self._causal = self.settings.causal
 

@@ -16,9 +16,9 @@ from crossways.errors import UserError
 from crossways.evaluation.executed import Executed, decided_by
 from crossways.evaluation.harness.record import HarnessProtocol, HarnessRecord, TaskFigures, mean_of_rates
 from crossways.evaluation.padding import Side
-from crossways.evaluation.seen import routing_seen
 from crossways.evaluation.task_lists import ListedTask, find_tasks
 from crossways.extras import require, versions
+from crossways.surgery.attach import own_routing
 
 BAR = re.compile(r"\d+%\||\d+ examples \[|\?it/s")
 """What progress bars look like."""
@@ -67,7 +67,7 @@ def evaluate_harness(
 
     listed = listed_tasks(tasks)
     was_training = model.training
-    with routing_seen(model), decided_by(model, causal=causal) as causal, _quiet(progress):
+    with own_routing(model, needed=False), decided_by(model, causal=causal) as causal, _quiet(progress):
         executed = Executed(model)
         found, names = load_tasks(listed, num_fewshot)
         lm = RoutedLM(
