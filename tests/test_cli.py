@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from crossways import __version__, cli
+from crossways import __version__, cli, hub
 from crossways.models import CrosswaysForCausalLM
 from crossways.study.record import RunRecord
+from crossways.training import sources
 
 
 @pytest.fixture
@@ -81,6 +83,16 @@ def test_study_report_and_eval_agree(crossways, write_recipe, tmp_path):
     assert not causal["evaluation"]["leaky"]
     assert causal["evaluation"]["protocol"]["window"] == 8
     assert causal["evaluation"]["perplexity"] != result["evaluation"]["perplexity"]
+
+
+def test_what_eval_finds_about_a_hub_model_lands_among_the_runs(crossways, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "crossways.evaluation.command.evaluate_checkpoint", lambda *given, **_: asked.append(given[1])
+    )
+    for name in ("owner/name", tmp_path):
+        assert crossways("eval", name)[0] == 0
+    assert asked == [Path("runs/name/evaluation.json"), tmp_path / "evaluation.json"]
 
 
 def test_eval_takes_another_corpus(crossways, write_recipe, tmp_path):
@@ -180,12 +192,21 @@ COMMANDS = {
     "eval {tmp}": "no saved model",
     "eval {tmp} --set training.max_steps=1": "unknown key 'training'",
     "eval {tmp} --recipe quickstrat": "did you mean 'quickstart'",
+    "eval nowhere": "no model 'nowhere': there is no such folder",
+    "calibrate nowhere --out {tmp}/x": "no model 'nowhere'",
+    "reroute nowhere": "no model 'nowhere'",
+    "tune nowhere --out {tmp}/x": "no model 'nowhere'",
+    "upcycle nowhere --out {tmp}/x": "no model 'nowhere'",
+    "study quickstart --out {tmp} --set corpus.source=stdlb": "no dataset 'stdlb' (did you mean 'stdlib'?)",
     "report {tmp}": "not the folder of a study",
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_wrong_command_is_one_line(command, crossways, tmp_path):
+def test_a_wrong_command_is_one_line(command, crossways, tmp_path, monkeypatch):
+    for module in (hub, sources):
+        monkeypatch.setattr(module, "ask_hub", lambda name, kind: "silent")
+    monkeypatch.setattr(sources, "_prepared", lambda source, cache_dir: False)
     code, _, err = crossways(*command.format(tmp=tmp_path).split())
     assert code == 2
     assert err.startswith("error: ")

@@ -150,7 +150,7 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            dir_okay=False, help="JSON file; default CHECKPOINT/evaluation.json, or runs/NAME/ for a hub name."
+            dir_okay=False, help="JSON file; default evaluation.json in CHECKPOINT; for a hub name, in runs/NAME."
         ),
     ] = None,
 ) -> None:

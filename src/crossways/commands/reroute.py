@@ -52,11 +52,11 @@ def reroute_command(
 
     from crossways.commands.terminal import no_bars_in_logs
 
-    no_bars_in_logs()
     console = Console()
     if list_presets:
         console.print(presets_table())
         return
+    no_bars_in_logs()
     if model_name is None:
         raise UserError("give a MODEL: a folder or a hub name (or --list)")
     from crossways.evaluation.prepared import numbers
