@@ -1,15 +1,18 @@
-// Expert compute for few tokens in float32: rows of weights go from memory to the registers once, several at a time.
+// Products of few tokens on vectors: rows of weights go from memory to the registers once, several at a time.
 //
 // One row read after the other leaves memory idle: what the processor fetches on its own ends with the page, so reading
 // is fast only where several places far from each other are read at once. Hence a matrix is read as eight parts side by
 // side, or four where more tokens need the registers. A row meets up to six tokens at once; if an expert has more, the
 // same rows, by then in the cache, meet the next ones, and meanwhile the rows after these are asked for.
 #pragma once
-#include "few.h"
+#include <algorithm>
+
+#include "simd.h"
 
 namespace crossways {
 
-constexpr int TOGETHER = 6;  // tokens at most that meet a row at once: sums of four rows then fill the registers
+constexpr int MANY = 64;     // vectors at once, at most
+constexpr int TOGETHER = 6;  // of these meet a row at once: the sums of four rows then fill the registers
 
 // Sums of four vectors.
 inline __m128 sums_of(Vec a, Vec b, Vec c, Vec d) {
@@ -30,19 +33,21 @@ struct Columns {
 
 // Rows that are multiplied at once: `apart` rows from each other, each of `width` values. Of some of them the row that
 // comes next is asked for meanwhile.
+template <class T>
 struct Strip {
-  const float* weights;
+  const T* weights;
   int64_t apart, width, ahead0, ahead1;
-  const float* row(int64_t r) const { return weights + r * apart * width; }
+  const T* row(int64_t r) const { return weights + r * apart * width; }
   void ask(int64_t k) const {
+    if (k * sizeof(T) % 64) return;
     // GCC takes a function that only prefetches for one without effect and drops the call: hence assembly.
-    for (int64_t r = ahead0; r < ahead1; r++) asm volatile("prefetcht1 %0" : : "m"(row(r)[width + k]));
+    for (int64_t r = ahead0; r < ahead1; r++) asm volatile("prefetcht0 %0" : : "m"(row(r)[width + k]));
   }
 };
 
 // Multiply `rows` rows by n vectors from number i0; sums of the first row are the r0-th.
-template <int rows, int n>
-[[gnu::noinline]] void multiply(const Strip& strip, const Columns& columns, int64_t i0, int64_t r0) {
+template <int rows, int n, class T>
+[[gnu::noinline]] void multiply(const Strip<T>& strip, const Columns& columns, int64_t i0, int64_t r0) {
   Vec sum[rows < 4 ? 4 : rows][n] = {};
   const float* const* x = columns.x + i0;
   auto step = [&](int64_t k, __mmask16 mask) {
@@ -69,8 +74,8 @@ template <int rows, int n>
       for (int j = 0; j < std::min(rows, 4); j++) columns.out[i0 + i][r0 + (r + j) * strip.apart] += sums[j];
     }
 }
-template <int rows>
-inline void multiply(const Strip& strip, const Columns& columns, int64_t i0, int64_t n, int64_t r0) {
+template <int rows, class T>
+inline void multiply(const Strip<T>& strip, const Columns& columns, int64_t i0, int64_t n, int64_t r0) {
   constexpr int fewer = std::min(rows, 4);  // callers with eight rows have at most three vectors
   switch (n) {
     case 1: return multiply<rows, 1>(strip, columns, i0, r0);
@@ -83,71 +88,18 @@ inline void multiply(const Strip& strip, const Columns& columns, int64_t i0, int
 }
 
 // Add the products of rows that lie one after the other with n vectors.
-inline void multiply(const float* weights, int64_t rows, int64_t width, const Columns& columns, int64_t n) {
+template <class T>
+inline void multiply(const T* weights, int64_t rows, int64_t width, const Columns& columns, int64_t n) {
   const int64_t passes = (n + TOGETHER - 1) / TOGETHER, parts = n <= 3 ? 8 : 4, apart = rows / parts;
   for (int64_t r = 0; r < apart; r++)
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t i = n * pass / passes, count = n * (pass + 1) / passes - i;
-      const Strip strip{weights + r * width, apart, width, parts * pass / passes, parts * (pass + 1) / passes};
+      const Strip<T> strip{weights + r * width, apart, width, parts * pass / passes, parts * (pass + 1) / passes};
       parts == 8 ? multiply<8>(strip, columns, i, count, r) : multiply<4>(strip, columns, i, count, r);
     }
   for (int64_t r = parts * apart; r < rows; r++)
     for (int64_t i = 0; i < n; i += TOGETHER)
-      multiply<1>({weights + r * width, 0, width, 0, 0}, columns, i, std::min<int64_t>(TOGETHER, n - i), r);
+      multiply<1>(Strip<T>{weights + r * width, 0, width, 0, 0}, columns, i, std::min<int64_t>(TOGETHER, n - i), r);
 }
-
-// Expert compute on vectors.
-struct FewVectors : Few {
-  using Value = float;
-  static constexpr int64_t SIDE_OF_PUT = ROWS;
-  const int64_t stride = blocks * ROWS;
-  float *hidden, *value;  // (P, stride)
-
-  static size_t bytes(const Problem& p) { return 2 * p.offsets[p.experts] * round_up(p.expert_width, ROWS) * sizeof(float); }
-  explicit FewVectors(const Problem& problem)
-      : Few(problem, bytes(problem)),
-        hidden(scratch.take<float>(p.offsets[p.experts] * stride)),
-        value(scratch.take<float>(p.offsets[p.experts] * stride)) {}
-
-  // Blocks [b0, b1) of an expert's hidden values.
-  template <Function function>
-  void hide(int64_t e, int64_t b0, int64_t b1) const {
-    const int64_t f0 = b0 * ROWS, rows = std::min(F, b1 * ROWS) - f0;
-    const float* up = static_cast<const float*>(p.up) + (e * H + f0) * D;
-    for_pairs(e, [&](int64_t pair, int64_t n) {
-      const auto x = [&](int64_t i) { return static_cast<const float*>(p.x) + p.token[pair + i] * D; };
-      product(up, rows, D, n, x, [&](int64_t i) { return hidden + (pair + i) * stride + f0; });
-      if (p.gated) product(up + F * D, rows, D, n, x, [&](int64_t i) { return value + (pair + i) * stride + f0; });
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t f = f0; f < f0 + rows; f += 16) {
-          float* at = hidden + (pair + i) * stride + f;
-          Vec out = _mm512_mul_ps(apply<function>(crossways::load(at)), _mm512_set1_ps(p.weight[pair + i]));
-          if (p.gated) out = _mm512_mul_ps(out, crossways::load(value + (pair + i) * stride + f));
-          store(at, out);
-        }
-    });
-  }
-
-  // Add an expert's blocks [b0, b1) of outputs to the sums of its tokens.
-  void put(int64_t e, int64_t b0, int64_t b1) const {
-    const int64_t d0 = b0 * ROWS, rows = std::min(D, b1 * ROWS) - d0;
-    const float* down = static_cast<const float*>(p.down) + (e * D + d0) * F;
-    for_pairs(e, [&](int64_t pair, int64_t n) {
-      product<true>(down, rows, F, n, [&](int64_t i) { return hidden + (pair + i) * stride; },
-              [&](int64_t i) { return sum + p.token[pair + i] * D + d0; });
-    });
-  }
-
- private:
-  template <bool add = false, class From, class To>
-  static void product(const float* weights, int64_t rows, int64_t width, int64_t n, From&& x, To&& out) {
-    Columns columns;
-    for (int64_t i = 0; i < n; i++) {
-      columns.x[i] = x(i), columns.out[i] = out(i);
-      if (!add) std::fill_n(columns.out[i], rows, 0.0f);
-    }
-    multiply(weights, rows, width, columns, n);
-  }
-};
 
 }  // namespace crossways
