@@ -11,6 +11,9 @@ using namespace crossways;
 
 namespace {
 
+// Up to how many tokens, and how many of them an expert has on average, reading the weights is the limit. In bfloat16
+// the matrix unit takes over earlier than vectors do in float32.
+constexpr int64_t FEW_TOKENS = 64, FEW_OF_AN_EXPERT = 20, FEW_OF_AN_EXPERT_IN_HALF = 3;
 constexpr int64_t BLOCK_OF_FEW = 16;  // hidden values, or outputs, that are one thread's
 
 // In which part of [0, n) thread `me` of `team` begins, in whole blocks.
@@ -143,6 +146,14 @@ void forward(const Problem& p) {
 
 extern "C" {
 
-// `half` is 1 for bfloat16, 0 for float32. Nothing is kept for a backward pass.
+// Whether `crossways_experts_few` is faster than what works on many tokens. `half` is 1 for bfloat16, 0 for float32.
+int crossways_few(const Problem* p, int half) {
+  int64_t busy = 0;
+  for (int64_t e = 0; e < p->experts; e++) busy += p->offsets[e + 1] > p->offsets[e];
+  const int64_t most = half ? FEW_OF_AN_EXPERT_IN_HALF : FEW_OF_AN_EXPERT;
+  return p->tokens <= FEW_TOKENS && p->offsets[p->experts] <= most * busy;
+}
+
+// Nothing is kept for a backward pass.
 void crossways_experts_few(const Problem* p, int half) { half ? forward<bf16>(*p) : forward<float>(*p); }
 }
