@@ -43,7 +43,7 @@ def error(given, activation):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    tokens=st.integers(1, 20),
+    tokens=st.integers(1, 40),
     experts=st.integers(1, 6),
     width=st.integers(2, 80),
     expert_width=st.integers(2, 80),
@@ -75,12 +75,51 @@ def test_a_step_of_generation_in_odd_widths(dtype):
         assert error(problem(1, 5, 333, 47, "geglu", dtype, 1, share=0.9), "geglu") < TOLERANCE[dtype]
 
 
+def of_pairs(pairs, tokens, experts, width, expert_width, dtype):
+    """The same with chosen (token, expert) pairs."""
+    x_TD, _, *weights = problem(tokens, experts, width, expert_width, "swiglu", dtype, 4)
+    token_P, expert_P = torch.tensor(pairs).unbind(1)
+    weight_P = torch.rand(len(pairs), generator=torch.Generator().manual_seed(5))
+    return x_TD, Assignment.from_pairs(token_P, expert_P, weight_P, tokens, experts), *weights
+
+
+HOSTILE = {
+    "a hot expert": [(token, 3) for token in range(29)] + [(token, token % 40) for token in range(29)],
+    "the same token again and again": [(2, 1)] * 70 + [(0, 1)] * 3 + [(token % 7, token) for token in range(40)],
+    "one expert each": [(token, 7 * token % 40) for token in range(33)],
+    **{f"{count} of one expert": [(token, 0) for token in range(count)] for count in (3, 6, 7, 8, 13, 19)},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_hostile_loads(case, dtype, monkeypatch):
+    if reason := why_not("fused", CPU, dtype):
+        pytest.skip(reason)
+    monkeypatch.setattr(module.library(), "crossways_few", lambda *_: 1)
+    with torch.no_grad():
+        assert error(of_pairs(HOSTILE[case], 33, 40, 72, 45, dtype), "swiglu") < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_memory_left_by_a_broken_call_does_not_leak(dtype):
+    """Working memory is kept between calls: what a call of NaN leaves there must not reach the next."""
+    if reason := why_not("fused", CPU, dtype):
+        pytest.skip(reason)
+    with torch.no_grad():
+        x_TD, *rest = problem(9, 8, 96, 80, "swiglu", dtype, 0)
+        assert compute_experts(torch.full_like(x_TD, torch.nan), *rest, Activation("swiglu"), "fused").isnan().all()
+        assert error(problem(7, 8, 90, 70, "swiglu", dtype, 1), "swiglu") < TOLERANCE[dtype]
+
+
 def test_it_runs_for_few_tokens_without_gradients_only(monkeypatch):
     called = []
     monkeypatch.setattr(module.library(), "crossways_experts_few", lambda *_: called.append(1))
     given_ = problem(4, 3, 32, 32, "swiglu", torch.float32, 0)
-    many = problem(40, 3, 32, 32, "swiglu", torch.float32, 0)
-    compute_experts(*many, Activation("swiglu"), "fused")
+    many_tokens = problem(65, 30, 32, 32, "swiglu", torch.float32, 0, share=0.1)
+    many_of_an_expert = problem(64, 3, 32, 32, "swiglu", torch.float32, 0)
+    compute_experts(*many_tokens, Activation("swiglu"), "fused")
+    compute_experts(*many_of_an_expert, Activation("swiglu"), "fused")
     given_[0].requires_grad_()
     compute_experts(*given_, Activation("swiglu"), "fused")
     assert not called
@@ -96,7 +135,7 @@ def test_nobody_is_chosen():
 
 
 def test_the_number_of_threads_changes_no_bit():
-    given_ = problem(5, 7, 96, 80, "swiglu", torch.float32, 3)
+    given_ = problem(25, 7, 100, 83, "swiglu", torch.float32, 3)
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2, 5):

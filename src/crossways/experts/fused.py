@@ -20,8 +20,6 @@ from crossways.experts.activation import Activation
 from crossways.native import library, why_not_native
 from crossways.native.memory import reused
 
-_FEW_TOKENS = {torch.float32: 16, torch.bfloat16: 4}
-"""Up to how many tokens reading the weights is the limit, so that `native/few.cpp` is faster; without gradients."""
 _FUNCTIONS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "reglu": 2, "relu": 2}
 
 
@@ -128,9 +126,10 @@ def _forward(
             f"the assignment does not fit: a token outside [0, {len(x_TD)}), or offsets that are not its pairs'; "
             "build it with Assignment.from_pairs, from_topk or from_mask"
         )
-    few = len(x_TD) <= _FEW_TOKENS[x_TD.dtype] and not save
+    half = int(x_TD.dtype == torch.bfloat16)
+    few = not save and library().crossways_few(ctypes.byref(problem), half)
     run = library().crossways_experts_few if few else library().crossways_experts_forward
-    run(ctypes.byref(problem), int(x_TD.dtype == torch.bfloat16))
+    run(ctypes.byref(problem), half)
     return tensors["y"], kept
 
 
