@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from crossways.assignment import Assignment
+from crossways.native import bits, routing
 from crossways.rules.select.base import Selection, check_budget, check_whole, top_k_index
 
 
@@ -39,5 +40,7 @@ class TopK(Selection):
         num_experts = choice_BSE.shape[-1]
         choice_TE, scores_TE = choice_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts)
         allowed_TE = None if allowed_BSE is None else allowed_BSE.reshape(-1, num_experts)
+        if routing.fits(choice_TE, allowed_TE):
+            return Assignment.from_bits(bits.of_top_k(choice_TE, self.k, allowed_TE), scores_TE)
         index_TK = top_k_index(choice_TE, self.k, allowed_TE)
         return Assignment.from_choices(index_TK, scores_TE, allowed_TE=allowed_TE)
