@@ -133,10 +133,10 @@ class Assignment:
         )
 
     @classmethod
-    def from_bits(cls, chosen: bits.Bits, weight_TE: Tensor) -> Assignment:
-        """From chosen pairs as the C++ parts give them, and a (T, E) matrix that holds their weights."""
-        token_P, expert_P, weight_P, offsets_E1 = bits.pairs(chosen, weight_TE)
-        return cls(token_P, expert_P, weight_P, offsets_E1, len(weight_TE))
+    def from_bits(cls, chosen: bits.Bits, weight: Tensor) -> Assignment:
+        """From chosen pairs as the C++ parts give them, and what holds their weights, (T, E) or (B, S, E)."""
+        token_P, expert_P, weight_P, offsets_E1 = bits.pairs(chosen, weight)
+        return cls(token_P, expert_P, weight_P, offsets_E1, len(chosen.word_TW))
 
     @classmethod
     def from_bounded_mask(cls, mask_TE: Tensor, weight_TE: Tensor, most: int) -> Assignment:

@@ -41,6 +41,13 @@ def _none(tokens: int, experts: int) -> Bits:
     return Bits(torch.empty(tokens, -(-experts // 64), dtype=torch.int64), experts)
 
 
+def _flat(choice: Tensor) -> tuple[Tensor, int, int]:
+    """What lies (..., E) as the C++ parts read it, T and E. Nothing is reshaped: where caches are cold, as they are
+    after experts, each PyTorch operation takes tens of microseconds."""
+    choice, experts = _ready(choice, torch.float32), choice.shape[-1]
+    return choice, choice.numel() // max(experts, 1), experts
+
+
 def _allowed(allowed: Bits | Tensor | None) -> Bits | None:
     return of_mask(allowed) if isinstance(allowed, Tensor) else allowed
 
@@ -51,9 +58,10 @@ def _words(bits: Bits | None) -> c_void_p:
 
 def of_mask(mask: Tensor) -> Bits:
     """Of a boolean mask (..., E)."""
-    mask_TE = mask.reshape(-1, mask.shape[-1]).contiguous()
-    bits = _none(*mask_TE.shape)
-    library().crossways_bits_of_mask(_at(mask_TE), *map(c_int64, mask_TE.shape), _words(bits), _threads())
+    mask, experts = mask.contiguous(), mask.shape[-1]
+    shape = mask.numel() // max(experts, 1), experts
+    bits = _none(*shape)
+    library().crossways_bits_of_mask(_at(mask), *map(c_int64, shape), _words(bits), _threads())
     return bits
 
 
@@ -68,24 +76,26 @@ def of_index(
 
 
 def of_cutoff(
-    choice_TE: Tensor, cutoff: float | Tensor, allowed: Bits | Tensor | None = None, above: bool = False
+    choice: Tensor, cutoff: float | Tensor, allowed: Bits | Tensor | None = None, above: bool = False
 ) -> Bits:
     """Of what is not below its cutoff, one or (E,); with `above`, not at it either. A NaN is taken in any case."""
-    choice_TE, allowed, bits = _ready(choice_TE, torch.float32), _allowed(allowed), _none(*choice_TE.shape)
+    (choice, *shape), allowed = _flat(choice), _allowed(allowed)
+    bits = _none(*shape)
     cutoff_C = _ready(cutoff, torch.float32) if isinstance(cutoff, Tensor) else torch.tensor([cutoff])
     step = c_int64(cutoff_C.numel() > 1)
     library().crossways_bits_of_cutoff(
-        _at(choice_TE), _words(allowed), _at(cutoff_C), step, c_int64(above), *map(c_int64, choice_TE.shape),
+        _at(choice), _words(allowed), _at(cutoff_C), step, c_int64(above), *map(c_int64, shape),
         _words(bits), _threads(),
     )  # fmt: skip
     return bits
 
 
-def of_top_k(choice_TE: Tensor, k: int, allowed: Bits | Tensor | None = None) -> Bits:
+def of_top_k(choice: Tensor, k: int, allowed: Bits | Tensor | None = None) -> Bits:
     """Of each token's k greatest allowed experts; earlier ones of equals first, NaN greatest."""
-    choice_TE, allowed, bits = _ready(choice_TE, torch.float32), _allowed(allowed), _none(*choice_TE.shape)
-    sizes = map(c_int64, (*choice_TE.shape, k))
-    library().crossways_bits_of_top_k(_at(choice_TE), _words(allowed), *sizes, _words(bits), _threads())
+    (choice, *shape), allowed = _flat(choice), _allowed(allowed)
+    bits = _none(*shape)
+    sizes = map(c_int64, (*shape, k))
+    library().crossways_bits_of_top_k(_at(choice), _words(allowed), *sizes, _words(bits), _threads())
     return bits
 
 
@@ -99,38 +109,39 @@ def top_k_index(choice_TE: Tensor, k: int, allowed: Bits | Tensor | None = None)
 
 
 def of_group_limited(
-    choice_TE: Tensor, k: int, groups: int, best: int, kept: int, allowed: Bits | Tensor | None = None
+    choice: Tensor, k: int, groups: int, best: int, kept: int, allowed: Bits | Tensor | None = None
 ) -> Bits:
     """The same within each token's `kept` best groups of neighbours, which are ranked by the sum of their `best`
     greatest entries."""
-    choice_TE, allowed, bits = _ready(choice_TE, torch.float32), _allowed(allowed), _none(*choice_TE.shape)
-    sizes = map(c_int64, (*choice_TE.shape, k, groups, best, kept))
-    library().crossways_bits_of_group_limited(_at(choice_TE), _words(allowed), *sizes, _words(bits), _threads())
+    (choice, *shape), allowed = _flat(choice), _allowed(allowed)
+    bits = _none(*shape)
+    sizes = map(c_int64, (*shape, k, groups, best, kept))
+    library().crossways_bits_of_group_limited(_at(choice), _words(allowed), *sizes, _words(bits), _threads())
     return bits
 
 
 def of_top_p(
-    choice_TE: Tensor, scores_TE: Tensor, k: int, share: float, allowed: Bits | Tensor | None = None
+    choice: Tensor, scores: Tensor, k: int, share: float, allowed: Bits | Tensor | None = None
 ) -> Bits:
     """Of each token's greatest allowed experts until those before hold `share` of its scores, k at most."""
-    choice_TE, scores_TE = _ready(choice_TE, torch.float32), _ready(scores_TE, torch.float32)
-    allowed, bits, sizes = _allowed(allowed), _none(*choice_TE.shape), map(c_int64, (*choice_TE.shape, k))
+    (choice, *shape), scores = _flat(choice), _ready(scores, torch.float32)
+    allowed, bits, sizes = _allowed(allowed), _none(*shape), map(c_int64, (*shape, k))
     library().crossways_bits_of_top_p(
-        _at(choice_TE), _at(scores_TE), _words(allowed), *sizes, c_float(share), _words(bits), _threads()
+        _at(choice), _at(scores), _words(allowed), *sizes, c_float(share), _words(bits), _threads()
     )
     return bits
 
 
 def of_first_come(
-    choice_TE: Tensor, index_TK: Tensor, asked_TK: Tensor | None, capacity_GE: Tensor, by_token: bool
+    choice: Tensor, index_TK: Tensor, asked_TK: Tensor | None, capacity_GE: Tensor, by_token: bool
 ) -> Bits:
     """Of who is among the first `capacity_GE` to ask for an expert, all first choices before second ones or,
     `by_token`, all choices of one token before those of the next; and of whoever asks with a NaN."""
-    choice_TE, index_TK, asked_TK = _ready(choice_TE, torch.float32), index_TK.contiguous(), _maybe(asked_TK)
-    bits, groups = _none(*choice_TE.shape), len(capacity_GE)
-    sizes = (groups, len(index_TK) // max(groups, 1), index_TK.shape[1], choice_TE.shape[1], by_token)
+    (choice, *shape), index_TK, asked_TK = _flat(choice), index_TK.contiguous(), _maybe(asked_TK)
+    bits, groups = _none(*shape), len(capacity_GE)
+    sizes = (groups, len(index_TK) // max(groups, 1), index_TK.shape[1], shape[1], by_token)
     library().crossways_bits_of_first_come(
-        _at(choice_TE), _at(index_TK), _at(asked_TK), _at(capacity_GE), *map(c_int64, capacity_GE.stride()),
+        _at(choice), _at(index_TK), _at(asked_TK), _at(capacity_GE), *map(c_int64, capacity_GE.stride()),
         *map(c_int64, sizes), _words(bits), _threads(),
     )  # fmt: skip
     return bits
@@ -147,34 +158,34 @@ class Groups:
 
 
 def of_shared_budgets(
-    choice_TE: Tensor, groups: Groups, budget: int | Tensor, allowed: Bits | Tensor | None = None
+    choice: Tensor, groups: Groups, budget: int | Tensor, allowed: Bits | Tensor | None = None
 ) -> Bits:
     """Of the greatest allowed pairs of each group, as many as its budget (one, or int64 (G,)) says; earlier ones of
     equals first, NaN greatest."""
-    bits = _none(*choice_TE.shape)
-    _shared_cuts(choice_TE, groups, budget, _allowed(allowed), bits, None)
+    bits = _none(choice.numel() // max(choice.shape[-1], 1), choice.shape[-1])
+    _shared_cuts(choice, groups, budget, _allowed(allowed), bits, None)
     return bits
 
 
-def least_of_shared(choice_TE: Tensor, groups: Groups, budget: int | Tensor) -> Tensor:
+def least_of_shared(choice: Tensor, groups: Groups, budget: int | Tensor) -> Tensor:
     """Float32 (G,): the least of these, NaN where the budget is 0."""
     least_G = torch.empty(groups.count)
-    _shared_cuts(choice_TE, groups, budget, None, None, least_G)
+    _shared_cuts(choice, groups, budget, None, None, least_G)
     return least_G
 
 
 def _shared_cuts(
-    choice_TE: Tensor,
+    choice: Tensor,
     groups: Groups,
     budget: int | Tensor,
     allowed: Bits | None,
     bits: Bits | None,
     least_G: Tensor | None,
 ) -> None:
-    choice_TE, (budget_at, step) = _ready(choice_TE, torch.float32), _budget(budget, 1)
-    sizes = map(c_int64, (groups.count, groups.n, groups.across, groups.along, choice_TE.shape[1]))
+    (choice, _, experts), (budget_at, step) = _flat(choice), _budget(budget, 1)
+    sizes = map(c_int64, (groups.count, groups.n, groups.across, groups.along, experts))
     library().crossways_shared_cuts(
-        _at(choice_TE), _words(allowed), budget_at, *step, *sizes, _words(bits), _at(least_G), _threads()
+        _at(choice), _words(allowed), budget_at, *step, *sizes, _words(bits), _at(least_G), _threads()
     )
 
 
@@ -221,19 +232,21 @@ def sinkhorn(logits_GNE: Tensor, valid_GN: Tensor | None, most: int, tolerance: 
     return balanced_GNE
 
 
-def pairs(bits: Bits, weight_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens (P,), experts (P,), weights (P,) and offsets (E + 1,), by expert, then by token. Gradients flow from
-    the weights to `weight_TE`."""
+def pairs(bits: Bits, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens (P,), experts (P,), their entries of `weight` (..., E) and offsets (E + 1,), by expert, then by token.
+    Gradients flow back to `weight`."""
     tokens, parts, native = len(bits.word_TW), torch.get_num_threads(), library()
     offsets_E1 = torch.empty(bits.experts + 1, dtype=torch.int64)
     next_NE = torch.empty(parts, bits.experts, dtype=torch.int64)
     sizes, begins = (c_int64(tokens), c_int64(bits.experts)), (_at(offsets_E1), _at(next_NE), c_int64(parts))
-    native.crossways_pair_offsets(_words(bits), *sizes, *begins)
-    count = int(offsets_E1[-1])
+    native.crossways_pair_offsets.restype = c_int64
+    count = native.crossways_pair_offsets(_words(bits), *sizes, *begins)
     token_P, expert_P = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
-    direct = weight_TE.dtype == torch.float32 and weight_TE.is_contiguous()
+    direct = weight.dtype == torch.float32 and weight.is_contiguous()
     weight_P = torch.empty(count) if direct else None
     native.crossways_pairs(
-        _words(bits), _at(weight_TE if direct else None), *sizes, *begins, _at(token_P), _at(expert_P), _at(weight_P)
+        _words(bits), _at(weight if direct else None), *sizes, *begins, _at(token_P), _at(expert_P), _at(weight_P)
     )
-    return token_P, expert_P, taken(weight_TE, token_P, expert_P, weight_P), offsets_E1
+    if weight_P is None or (weight.requires_grad and torch.is_grad_enabled()):
+        weight_P = taken(weight.reshape(-1, bits.experts), token_P, expert_P, weight_P)
+    return token_P, expert_P, weight_P, offsets_E1

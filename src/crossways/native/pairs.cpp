@@ -55,8 +55,9 @@ void write_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* to, co
 
 extern "C" {
 
-// First half of the pairs of bits: offsets[e], where each expert's begin, and next (N, E), for the second half.
-void crossways_pair_offsets(const uint64_t* words, int64_t tokens, int64_t experts, int64_t* offsets, int64_t* next,
+// First half of the pairs of bits: offsets[e], where each expert's begin, and next (N, E), for the second half. Returns
+// how many there are.
+int64_t crossways_pair_offsets(const uint64_t* words, int64_t tokens, int64_t experts, int64_t* offsets, int64_t* next,
                             int64_t parts) {
   const Allowed bits(words, experts);
 #pragma omp parallel for num_threads(parts)
@@ -67,6 +68,7 @@ void crossways_pair_offsets(const uint64_t* words, int64_t tokens, int64_t exper
       count_word(bits, w, tokens * part / parts, tokens * (part + 1) / parts, count + 64 * w);
   }
   begin_of_parts(next, parts, experts, offsets);
+  return offsets[experts];
 }
 
 // Second half: tokens and experts of the pairs, by expert and then by token, and their entries of a matrix (T, E),

@@ -20,18 +20,22 @@ _SMALL = 4096
 def fits(*tensors: Tensor | None) -> bool:
     """Whether to use these functions: for CPU tensors large enough that it matters, where the C++ parts exist. They
     compare in float32, so not for float64."""
-    return solves(*tensors) and all(tensor is None or tensor.dtype != torch.float64 for tensor in tensors)
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return False
+    return solves(*tensors)
 
 
 def solves(*tensors: Tensor | None) -> bool:
     """The same for `balanced`, which computes in float64."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return (
-        all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in given)
-        and max(tensor.numel() for tensor in given) >= _SMALL
-        and not torch.compiler.is_compiling()
-        and why_not_native() is None
-    )
+    most = 0
+    for tensor in tensors:  # plain, as this is asked for every decision
+        if tensor is None:
+            continue
+        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or not tensor.is_cpu:
+            return False
+        most = max(most, tensor.numel())
+    return most >= _SMALL and not torch.compiler.is_compiling() and why_not_native() is None
 
 
 def ready(*tensors: Tensor) -> bool:
@@ -108,9 +112,7 @@ def weights(matrix_TE: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
 
 
 def taken(matrix_TE: Tensor, token_P: Tensor, expert_P: Tensor, value_P: Tensor | None) -> Tensor:
-    """The same where the values may be known already."""
-    if value_P is not None and not (torch.is_grad_enabled() and matrix_TE.requires_grad):
-        return value_P
+    """The same where the values may be known already, and their gradients alone are asked for."""
     if not fits(matrix_TE) or matrix_TE.dtype != torch.float32:
         return matrix_TE[token_P, expert_P]
     found_P: Tensor = _Take.apply(matrix_TE, token_P, expert_P, value_P)

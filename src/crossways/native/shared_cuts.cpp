@@ -14,6 +14,8 @@ struct Keys {
   int64_t threads;
   int32_t low, high;  // the least and the greatest of those that take part
 
+  explicit Keys(int64_t threads_) : threads(threads_) {}
+
   void load(const float* x, const Allowed& may, const Groups& groups, int64_t g) {
     const int64_t pieces = (may.experts + 15) / 16;
     key.resize(16 * pieces * groups.n);
@@ -158,11 +160,14 @@ void crossways_shared_cuts(const float* x, const uint64_t* allowed, const int64_
     if (cut.ties) return mark_ties(x, may, groups, g, cut, bits);
     mark_above(x, may, groups, g, cut, bits, keys.threads);
   };
-  const bool together = count < threads;  // then every group is all threads' work
-#pragma omp parallel num_threads(together ? 1 : threads)
+  if (count < threads) {  // every group is all threads' work
+    Keys keys(threads);
+    for (int64_t g = 0; g < count; g++) decide(keys, g);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
   {
-    Keys keys;
-    keys.threads = together ? threads : 1;
+    Keys keys(1);
 #pragma omp for schedule(static)
     for (int64_t g = 0; g < count; g++) decide(keys, g);
   }

@@ -1,7 +1,7 @@
 // Sinkhorn's iteration: scales of rows and columns at which every token supplies and every expert demands the same.
 //
-// The exponentials are rounded to float as PyTorch's softmax in double, rounded, would be, and all sums are in double,
-// so that the column scales, rounded to float at the end, are those of the plain path whatever the order of summation.
+// The exponentials are those of double, rounded to float, and all sums are in double, so that the column scales, rounded
+// to float at the end, are those of the plain path whatever the order of summation.
 //
 // Legend: T tokens, E experts, G groups of N tokens, C chunks of a group's tokens.
 #include <immintrin.h>
@@ -21,17 +21,18 @@ constexpr int64_t CHUNK = 512;
 
 inline __mmask8 lanes_of_8(int64_t left) { return left >= 8 ? 0xff : __mmask8((1u << left) - 1); }
 
-// e^x of x <= 0, to 1e-14 of it: Taylor's series around the nearest multiple of log 2.
-inline __m512d exponential(__m512d x) {
-  x = _mm512_max_pd(x, _mm512_set1_pd(-800));
-  const __m512d twos = _mm512_roundscale_pd(_mm512_mul_pd(x, _mm512_set1_pd(M_LOG2E)), _MM_FROUND_TO_NEAREST_INT);
-  const __m512d rest = _mm512_fnmadd_pd(twos, _mm512_set1_pd(M_LN2), x);
-  __m512d sum = _mm512_set1_pd(1.0 / 39916800);
-  for (const double inverse : {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24,
-                               1.0 / 6, 0.5, 1.0, 1.0})
-    sum = _mm512_fmadd_pd(sum, rest, _mm512_set1_pd(inverse));
-  return _mm512_scalef_pd(sum, twos);
+// 2^x, to 2e-14 of it: the polynomial of degree 9 that meets 2^x at the Chebyshev points of [0, 1].
+inline __m512d power_of_2(__m512d x) {
+  const __m512d rest = _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF);  // above the whole number below
+  __m512d sum = _mm512_set1_pd(1.443332993631049e-07);
+  for (const double next :
+       {1.2256971666571848e-06, 1.5368748551205598e-05, 0.0001539514494422027, 0.001333393101106112,
+        0.009618119050163078, 0.05550411021933063, 0.2402265068372975, 0.6931471805636421, 0.9999999999999815})
+    sum = _mm512_fmadd_pd(sum, rest, _mm512_set1_pd(next));
+  return _mm512_scalef_pd(sum, x);
 }
+
+constexpr int ODD = 0x81 | 0x08;  // classes of floats: both kinds of NaN, positive infinity
 
 inline float lowest() { return -std::numeric_limits<float>::max() / 2; }
 
@@ -39,33 +40,35 @@ inline float lowest() { return -std::numeric_limits<float>::max() / 2; }
 inline __m512 finite(const float* x, __mmask16 real) {
   const __m512 low = _mm512_set1_ps(lowest());
   const __m512 row = _mm512_mask_loadu_ps(low, real, x);
-  const __mmask16 odd = _mm512_fpclass_ps_mask(row, 0x81 | 0x08);  // NaN, positive infinity
+  const __mmask16 odd = _mm512_fpclass_ps_mask(row, ODD);
   return _mm512_max_ps(_mm512_mask_mov_ps(row, odd, low), low);
 }
 
 inline __mmask16 lanes_of_16(int64_t left) { return left >= 16 ? 0xffff : __mmask16((1u << left) - 1); }
 
-// One token's softmax. `room` holds E numbers in whole vectors.
-void softmax(const float* x, int64_t experts, double* room, float* mass) {
+// Powers of one token's logits less the greatest of them, so that they cannot overflow; rows are scaled anyway.
+void exponentials(const float* x, int64_t experts, float* mass) {
   __m512 most = _mm512_set1_ps(lowest());
   for (int64_t e = 0; e < experts; e += 16) most = _mm512_max_ps(most, finite(x + e, lanes_of_16(experts - e)));
-  const __m512d top = _mm512_set1_pd(_mm512_reduce_max_ps(most));
-  __m512d sum = _mm512_setzero_pd();
+  const __m512d log2e = _mm512_set1_pd(M_LOG2E), top = _mm512_set1_pd(M_LOG2E * double(_mm512_reduce_max_ps(most)));
   for (int64_t e = 0; e < experts; e += 16) {
-    const __m512 row = finite(x + e, lanes_of_16(experts - e));
-    for (int half = 0; half < 2; half++) {
-      const int64_t at = e + 8 * half;
-      const __m256 part = half ? _mm512_extractf32x8_ps(row, 1) : _mm512_castps512_ps256(row);
-      const __mmask8 real = at < experts ? lanes_of_8(experts - at) : 0;
-      const __m512d power = _mm512_maskz_mov_pd(real, exponential(_mm512_sub_pd(_mm512_cvtps_pd(part), top)));
-      _mm512_storeu_pd(room + at, power);
-      sum = _mm512_add_pd(sum, power);
-    }
+    const __mmask16 real = lanes_of_16(experts - e);
+    const __m512 row = finite(x + e, real);
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(row)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(row, 1));
+    const __m256 first = _mm512_cvtpd_ps(power_of_2(_mm512_fmsub_pd(low, log2e, top)));
+    const __m256 last = _mm512_cvtpd_ps(power_of_2(_mm512_fmsub_pd(high, log2e, top)));
+    _mm512_mask_storeu_ps(mass + e, real, _mm512_insertf32x8(_mm512_castps256_ps512(first), last, 1));
   }
-  const __m512d share = _mm512_set1_pd(1 / _mm512_reduce_add_pd(sum));
-  for (int64_t e = 0; e < experts; e += 8)
-    _mm256_mask_storeu_ps(mass + e, lanes_of_8(experts - e),
-                          _mm512_cvtpd_ps(_mm512_mul_pd(_mm512_loadu_pd(room + e), share)));
+}
+
+void scale_row(const float* x, const float* scale, int64_t experts, float* mass) {
+  const __m512 infinity = _mm512_set1_ps(std::numeric_limits<float>::infinity());
+  for (int64_t e = 0; e < experts; e += 16) {
+    const __mmask16 real = lanes_of_16(experts - e);
+    const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(real, mass + e), _mm512_maskz_loadu_ps(real, scale + e));
+    const __mmask16 odd = _mm512_fpclass_ps_mask(_mm512_maskz_loadu_ps(real, x + e), ODD);
+    _mm512_mask_storeu_ps(mass + e, real, _mm512_mask_mov_ps(scaled, odd, infinity));
+  }
 }
 
 struct Problem {
@@ -98,6 +101,17 @@ struct Problem {
     for (; t + 4 <= end; t += 4) add<4>(t, scale, sums);
     for (; t < end; t++) add<1>(t, scale, sums);
   }
+
+  // Every chunk's sums (C, wide).
+  void add_all(const double* scale, double* sums, int64_t wide, int64_t threads) const {
+    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+    if (threads == 1) {
+      for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, scale, sums + chunk * wide);
+      return;
+    }
+#pragma omp parallel for num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, scale, sums + chunk * wide);
+  }
 };
 
 // The columns' scales, (E in whole vectors).
@@ -106,8 +120,7 @@ std::vector<double> column_scales(const Problem& problem, int64_t most, double t
   std::vector<double> scale(wide, 1.0), sums(chunks * wide);
   for (int64_t round = 0; round < most; round++) {
     std::fill(sums.begin(), sums.end(), 0);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t chunk = 0; chunk < chunks; chunk++) problem.add_chunk(chunk, scale.data(), &sums[chunk * wide]);
+    problem.add_all(scale.data(), sums.data(), wide, threads);
     double change = 0;
     for (int64_t e = 0; e < experts; e++) {
       double sum = 0;
@@ -121,44 +134,57 @@ std::vector<double> column_scales(const Problem& problem, int64_t most, double t
   return scale;
 }
 
+// One group, by so many threads.
+struct Group {
+  const float* x;
+  const uint8_t* valid;  // (N), or null
+  int64_t n, experts;
+  float* mass;
+  int64_t threads;
+
+  // Calls `each(t)` for every token.
+  template <class Each>
+  void for_tokens(Each each) const {
+    if (threads == 1) {
+      for (int64_t t = 0; t < n; t++) each(t);
+      return;
+    }
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < n; t++) each(t);
+  }
+
+  void balance(int64_t most, double tolerance) const {
+    for_tokens([&](int64_t t) {
+      if (!valid || valid[t])
+        exponentials(x + t * experts, experts, mass + t * experts);
+      else
+        std::fill_n(mass + t * experts, experts, 0.0f);
+    });
+    const int64_t rows = valid ? n - std::count(valid, valid + n, 0) : n;
+    const Problem problem{mass, n, experts, double(std::max<int64_t>(rows, 1))};
+    const std::vector<double> scale = column_scales(problem, most, tolerance, threads);
+    const std::vector<float> rounded(scale.begin(), scale.end());
+    for_tokens([&](int64_t t) { scale_row(x + t * experts, rounded.data(), experts, mass + t * experts); });
+  }
+};
+
 }  // namespace
 
 extern "C" {
 
-// balanced = a group's softmax times its column scales, infinite where a logit is no number or positive infinity.
-// valid (T) says which tokens take part; null for all.
+// balanced = a group's exponentials times its column scales, infinite where a logit is no number or positive infinity.
+// valid (G, N) says which tokens take part; null for all.
 void crossways_sinkhorn(const float* logits, const uint8_t* valid, int64_t groups, int64_t n, int64_t experts,
                         int64_t most, double tolerance, float* balanced, int64_t threads) {
-  const int64_t inner = groups < threads ? threads : 1;
-#pragma omp parallel for num_threads(inner > 1 ? 1 : threads) schedule(static)
-  for (int64_t g = 0; g < groups; g++) {
-    const float* x = logits + g * n * experts;
-    float* mass = balanced + g * n * experts;
-    int64_t rows = 0;
-#pragma omp parallel num_threads(inner) if (inner > 1)
-    {
-      std::vector<double> room((experts + 15) / 16 * 16);
-#pragma omp for reduction(+ : rows)
-      for (int64_t t = 0; t < n; t++) {
-        const bool counts = !valid || valid[g * n + t];
-        rows += counts;
-        if (counts)
-          softmax(x + t * experts, experts, room.data(), mass + t * experts);
-        else
-          std::fill_n(mass + t * experts, experts, 0.0f);
-      }
-    }
-    const Problem problem{mass, n, experts, double(std::max<int64_t>(rows, 1))};
-    const std::vector<double> scale = column_scales(problem, most, tolerance, inner);
-    const std::vector<float> rounded(scale.begin(), scale.end());
-#pragma omp parallel for num_threads(inner) if (inner > 1)
-    for (int64_t t = 0; t < n; t++)
-      for (int64_t e = 0; e < experts; e++) {
-        const float logit = x[t * experts + e];
-        const bool odd = logit != logit || logit == std::numeric_limits<float>::infinity();
-        float& entry = mass[t * experts + e];
-        entry = odd ? std::numeric_limits<float>::infinity() : entry * rounded[e];
-      }
+  auto group = [=](int64_t g, int64_t by) {
+    const int64_t at = g * n * experts;
+    return Group{logits + at, valid ? valid + g * n : nullptr, n, experts, balanced + at, by};
+  };
+  if (groups < threads) {
+    for (int64_t g = 0; g < groups; g++) group(g, threads).balance(most, tolerance);
+    return;
   }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t g = 0; g < groups; g++) group(g, 1).balance(most, tolerance);
 }
 }

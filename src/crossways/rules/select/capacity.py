@@ -26,7 +26,6 @@ from crossways.rules.select.base import (
     place_in_queue,
     top_k_index,
     top_of_columns,
-    valid_tokens,
 )
 
 Group = Literal["sequence", "batch"]
@@ -137,7 +136,9 @@ class Capacity(Selection):
         choice_TE = choice_BSE.flatten(0, 1)
         index_TK, asked_TK, weight_TE = self._asked(choice_TE, scores_BSE.flatten(0, 1), allowed_BSE)
         groups = batch if self.group == "sequence" else 1
-        tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
+        tokens_G = torch.full((groups,), len(choice_TE) // max(groups, 1), device=choice_TE.device)
+        if allowed_BSE is not None:
+            tokens_G = allowed_BSE.any(-1).reshape(groups, -1).sum(-1)
         ranked_TE = weight_TE.detach() if self.order == "weight" else choice_TE
         capacity_GE = self.capacity(tokens_G, num_experts)
         if routing.fits(choice_TE, ranked_TE):
@@ -169,6 +170,8 @@ class Capacity(Selection):
         if self.factor is None:
             return tokens_G[:, None].expand(-1, num_experts)
         shares = self._shares(num_experts)
+        if not self.zero_computation:
+            return _ceil(shares[0], tokens_G)[:, None].expand(-1, num_experts)
         places = {share: _ceil(share, tokens_G) for share in set(shares)}  # two at most
         return torch.stack([places[share] for share in shares], -1)
 

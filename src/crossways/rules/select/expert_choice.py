@@ -53,9 +53,9 @@ class ExpertChoice(Selection):
         batch, _, num_experts = choice_BSE.shape
         groups = batch if self.group == "sequence" else 1
 
-        choice_GNE = choice_BSE.reshape(groups, -1, num_experts)
+        choice_GNE = choice_BSE if self.group == "sequence" else choice_BSE.reshape(groups, -1, num_experts)
         if routing.fits(choice_GNE, allowed_BSE):
-            return Assignment.from_bits(self._bits(choice_GNE, allowed_BSE), scores_BSE.reshape(-1, num_experts))
+            return Assignment.from_bits(self._bits(choice_GNE, allowed_BSE), scores_BSE)
         allowed_GNE = None if allowed_BSE is None else allowed_BSE.reshape(choice_GNE.shape)
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
         capacity_GE = budgets(tokens_G, self.k, num_experts)[:, None].expand(-1, num_experts)

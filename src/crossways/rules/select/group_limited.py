@@ -80,8 +80,8 @@ class GroupLimited(Selection):
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         if routing.fits(choice_BSE, allowed_BSE):
             limits = self.k, self.n_group, self.best_of_group, self.topk_group
-            chosen = bits.of_group_limited(choice_BSE.flatten(0, 1), *limits, allowed_BSE)
-            return Assignment.from_bits(chosen, scores_BSE.flatten(0, 1))
+            chosen = bits.of_group_limited(choice_BSE, *limits, allowed_BSE)
+            return Assignment.from_bits(chosen, scores_BSE)
         allowed_BSE = torch.ones_like(choice_BSE, dtype=torch.bool) if allowed_BSE is None else allowed_BSE
         within_BSE = self._within(choice_BSE.detach(), allowed_BSE) & allowed_BSE
         return TopK(self.k)(choice_BSE, scores_BSE, within_BSE)

@@ -32,8 +32,8 @@ class Positive(Selection):
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         if routing.fits(choice_BSE, allowed_BSE):
-            chosen = bits.of_cutoff(choice_BSE.flatten(0, 1), 0.0, allowed_BSE, above=True)
-            return Assignment.from_bits(chosen, scores_BSE.flatten(0, 1))
+            chosen = bits.of_cutoff(choice_BSE, 0.0, allowed_BSE, above=True)
+            return Assignment.from_bits(chosen, scores_BSE)
         mask_BSE = ~(choice_BSE <= 0)  # unlike >, true for a NaN score
         if allowed_BSE is not None:
             mask_BSE = mask_BSE & allowed_BSE

@@ -67,11 +67,11 @@ class Sinkhorn(Selection):
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         groups = choice_BSE.shape[0] if self.group == "sequence" else 1
-        choice_BSE = choice_BSE.detach()
         if allowed_BSE is not None:
             choice_BSE = choice_BSE.masked_fill(~allowed_BSE, -torch.inf)
         valid_GN = None if allowed_BSE is None else allowed_BSE.any(-1).reshape(groups, -1)
-        balanced_GNE = self.balance(choice_BSE.reshape(groups, -1, choice_BSE.shape[-1]), valid_GN)
+        choice_GNE = choice_BSE if self.group == "sequence" else choice_BSE.reshape(1, -1, choice_BSE.shape[-1])
+        balanced_GNE = self.balance(choice_GNE.detach(), valid_GN)
         return TopK(self.k)(balanced_GNE.view_as(choice_BSE), scores_BSE, allowed_BSE)
 
     @torch.compiler.disable(reason="the selection sinkhorn stops when it has converged, which a graph cannot know")
@@ -85,11 +85,12 @@ class Sinkhorn(Selection):
             return bits.sinkhorn(logits_GNE, valid_GN, self.max_iterations, self.tolerance)
         odd_GNE = logits_GNE.isnan() | (logits_GNE == torch.inf)
         lowest = torch.finfo(logits_GNE.dtype).min / 2
-        # Row scales are fitted first, so a softmax may stand for exp; it cannot overflow.
-        softmax_GNE = logits_GNE.masked_fill(odd_GNE, lowest).clamp(min=lowest).double().softmax(-1)
+        logits64_GNE = logits_GNE.masked_fill(odd_GNE, lowest).clamp(min=lowest).double()
+        # Row scales are fitted first, so that any factor of a row will do: with this one nothing overflows.
+        power_GNE = (logits64_GNE - logits64_GNE.amax(-1, keepdim=True)).exp().to(logits_GNE.dtype)
         if valid_GN is None:
             valid_GN = torch.ones_like(logits_GNE[..., 0], dtype=torch.bool)
-        mass_GNE = (softmax_GNE.to(logits_GNE.dtype) * valid_GN[..., None]).double()
+        mass_GNE = (power_GNE * valid_GN[..., None]).double()
         scale_GE = self._column_scales(mass_GNE, valid_GN.sum(-1, keepdim=True).clamp(min=1))
         balanced_GNE = mass_GNE.to(logits_GNE.dtype) * scale_GE[:, None].to(logits_GNE.dtype)
         return balanced_GNE.masked_fill_(odd_GNE, torch.inf)

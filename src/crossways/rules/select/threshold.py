@@ -61,8 +61,8 @@ class Threshold(Selection):
         num_experts, limit = choice_BSE.shape[-1], self.value
         cutoff_C = limit if isinstance(limit, Tensor) else None
         if routing.fits(choice_BSE, allowed_BSE, cutoff_C) and (cutoff_C is None or cutoff_C.dtype == torch.float32):
-            chosen = bits.of_cutoff(choice_BSE.reshape(-1, num_experts), limit, allowed_BSE)
-            return Assignment.from_bits(chosen, scores_BSE.reshape(-1, num_experts))
+            chosen = bits.of_cutoff(choice_BSE, limit, allowed_BSE)
+            return Assignment.from_bits(chosen, scores_BSE)
         mask_BSE = ~(choice_BSE < self.value)  # unlike >=, true for a NaN score
         if allowed_BSE is not None:
             mask_BSE = mask_BSE & allowed_BSE

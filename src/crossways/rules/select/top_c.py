@@ -58,7 +58,7 @@ class TopC(Selection):
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         batch, sequence, num_experts = choice_BSE.shape
         if routing.fits(choice_BSE, allowed_BSE):
-            return Assignment.from_bits(self._bits(choice_BSE, allowed_BSE), scores_BSE.reshape(-1, num_experts))
+            return Assignment.from_bits(self._bits(choice_BSE, allowed_BSE), scores_BSE)
         tokens_G = self._grouped(valid_tokens(allowed_BSE, choice_BSE)[..., None]).sum(-1)
         choice_GN = self._grouped(choice_BSE)
         groups, most = len(choice_GN), budgets(choice_GN.shape[1] // num_experts, self.k)
@@ -69,7 +69,7 @@ class TopC(Selection):
         return Assignment.from_mask(mask_TE, scores_BSE.reshape(-1, num_experts), most=groups * most)
 
     def _bits(self, choice_BSE: Tensor, allowed_BSE: Tensor | None) -> bits.Bits:
-        batch, sequence, num_experts = choice_BSE.shape
+        batch, sequence, _ = choice_BSE.shape
         groups = {
             "sequence": bits.Groups(batch, sequence, sequence, 1),
             "batch": bits.Groups(1, batch * sequence, 0, 1),
@@ -78,7 +78,7 @@ class TopC(Selection):
         budget: int | Tensor = budgets(groups.n, self.k)
         if allowed_BSE is not None:
             budget = budgets(self._grouped(allowed_BSE.any(-1, keepdim=True)).sum(-1), self.k)
-        return bits.of_shared_budgets(choice_BSE.reshape(-1, num_experts), groups, budget, allowed_BSE)
+        return bits.of_shared_budgets(choice_BSE, groups, budget, allowed_BSE)
 
     def _grouped(self, x_BSE: Tensor) -> Tensor:
         """(B, S, *) to (G, N), one group a row."""
