@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -28,7 +29,7 @@ inline __m512d load(const double* from, __mmask8 real) { return _mm512_maskz_loa
 struct Transport {
   int64_t experts, places, n, wide;  // n: E C, tokens that gain nothing included; wide: E in whole vectors of 8
   bool finite = true;
-  std::vector<double> gain;  // (N, wide), rows padded with -infinity
+  std::unique_ptr<double[]> gain;  // (N, wide), rows padded with -infinity
   std::vector<double> price, distance, open;  // (wide): open is the distance of who has not been visited
   std::vector<int64_t> before;                // on the cheapest chain
   std::vector<std::vector<int64_t>> members;
@@ -38,7 +39,7 @@ struct Transport {
   template <class Real>
   Transport(const Real* from, int64_t tokens, int64_t experts_)
       : experts(experts_), places((tokens + experts - 1) / experts), n(places * experts), wide((experts + 7) / 8 * 8),
-        gain(n * wide), price(wide, 0), distance(wide), open(wide), before(wide), members(experts),
+        gain(new double[n * wide]), price(wide, 0), distance(wide), open(wide), before(wide), members(experts),
         cost(experts * wide, FAR), mover(experts * wide, -1) {
     const __m512d least = _mm512_set1_pd(-FAR);
     __mmask8 odd = 0;
@@ -115,17 +116,19 @@ struct Transport {
 
   // Any prices will do to begin with; the better they level the loads, the fewer tokens are left to push. Loads answer
   // to prices about as those of a softmax would whose temperature is the mean lead, so that this is Sinkhorn's step,
-  // shortened because loads are whole. It ends when a step does not take a fifth of the excess away.
+  // shortened because loads are whole. A step costs as much time as `worth` pushes, and the next one saves about a fourth
+  // of what the last one did.
   std::vector<int64_t> level() {
     std::vector<int64_t> chosen(n), load(experts), next(n), next_load(experts);
     double lead;
+    const int64_t worth = n / 256 + 1;
     int64_t excess = choose(chosen, load, &lead);
-    while (excess > 0 && experts > 1 && std::isfinite(lead)) {
+    while (excess > worth && std::isfinite(lead)) {
       const std::vector<double> old = price;
       for (int64_t e = 0; e < experts; e++)
         price[e] += 0.7 * lead * std::log((double(places) + 0.5) / (double(load[e]) + 0.5));
       const int64_t left = choose(next, next_load, &lead);
-      const bool slow = 5 * left > 4 * excess;
+      const bool slow = excess - left < 4 * worth;
       if (left >= excess)
         price = old;
       else

@@ -69,7 +69,8 @@ def of_index(
     index_TK: Tensor, experts: int, kept_TK: Tensor | None = None, allowed: Bits | Tensor | None = None
 ) -> Bits:
     """Of each token's experts, all different, but for those that are not kept or not allowed."""
-    index_TK, kept_TK, allowed, bits = index_TK.contiguous(), _maybe(kept_TK), _allowed(allowed), _none(len(index_TK), experts)
+    index_TK, kept_TK, allowed = index_TK.contiguous(), _maybe(kept_TK), _allowed(allowed)
+    bits = _none(len(index_TK), experts)
     sizes = map(c_int64, (*index_TK.shape, experts))
     library().crossways_bits_of_index(_at(index_TK), _at(kept_TK), _words(allowed), *sizes, _words(bits), _threads())
     return bits
@@ -120,9 +121,7 @@ def of_group_limited(
     return bits
 
 
-def of_top_p(
-    choice: Tensor, scores: Tensor, k: int, share: float, allowed: Bits | Tensor | None = None
-) -> Bits:
+def of_top_p(choice: Tensor, scores: Tensor, k: int, share: float, allowed: Bits | Tensor | None = None) -> Bits:
     """Of each token's greatest allowed experts until those before hold `share` of its scores, k at most."""
     (choice, *shape), scores = _flat(choice), _ready(scores, torch.float32)
     allowed, bits, sizes = _allowed(allowed), _none(*shape), map(c_int64, (*shape, k))

@@ -83,11 +83,12 @@ void write_least(const Lanes& lanes, const Cuts& cuts, __mmask16 real, float* le
 }
 
 // Bits of a group where not all equals of a cut belong: the first of each column do.
-void mark_ties(const float* x, const Allowed& may, const Groups& groups, int64_t g, Cuts* cuts, const Bits& bits) {
+void mark_ties(const float* x, const Allowed& may, const Groups& groups, int64_t g, const Cuts* cuts, const Bits& bits) {
+  std::vector<Cuts> left(cuts, cuts + bits.pieces());
   for (int64_t i = 0; i < groups.n; i++)
     for (int64_t piece = 0; piece < bits.pieces(); piece++) {
       const __m512i keys = keys_at(x, may, groups.token(g, i), piece);
-      __m512i& room = cuts[piece].ties;
+      __m512i& room = left[piece].ties;
       const __mmask16 equal = _mm512_cmpeq_epi32_mask(keys, cuts[piece].key);
       const __mmask16 tie = _mm512_mask_cmpgt_epi32_mask(equal, room, _mm512_setzero_si512());
       room = _mm512_mask_sub_epi32(room, tie, room, _mm512_set1_epi32(1));
@@ -96,9 +97,9 @@ void mark_ties(const float* x, const Allowed& may, const Groups& groups, int64_t
 }
 
 // By the team that calls it: tokens are marked one by one where no cut has ties, which is nearly always.
-void mark(const float* x, const Allowed& may, const Groups& groups, Cuts* cuts, const Bits& bits) {
+void mark(const float* x, const Allowed& may, const Groups& groups, const Cuts* cuts, const Bits& bits) {
   for (int64_t g = 0; g < groups.count; g++) {
-    Cuts* own = cuts + g * bits.pieces();
+    const Cuts* own = cuts + g * bits.pieces();
     bool ties = false;
     for (int64_t piece = 0; piece < bits.pieces(); piece++) ties |= own[piece].has_ties();
     if (ties) {

@@ -19,7 +19,11 @@ constexpr double TINY = 1e-8;
 // Tokens whose sums are added up on their own: the result is then the same with any number of threads.
 constexpr int64_t CHUNK = 512;
 
-inline __mmask8 lanes_of_8(int64_t left) { return left >= 8 ? 0xff : __mmask8((1u << left) - 1); }
+// With `whole`, E is a multiple of 8, and masks that are known cost nothing.
+template <bool whole>
+inline __mmask8 lanes_of_8(int64_t left) {
+  return whole || left >= 8 ? 0xff : __mmask8((1u << left) - 1);
+}
 
 // 2^x, to 2e-14 of it: the polynomial of degree 9 that meets 2^x at the Chebyshev points of [0, 1].
 inline __m512d power_of_2(__m512d x) {
@@ -71,13 +75,14 @@ void scale_row(const float* x, const float* scale, int64_t experts, float* mass)
   }
 }
 
+template <bool whole>
 struct Problem {
   const float* mass;  // (N, E)
   int64_t n, experts;
   double rows;  // how many tokens take part
 
   __m512d at(int64_t t, int64_t e) const {
-    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes_of_8(experts - e), mass + t * experts + e));
+    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes_of_8<whole>(experts - e), mass + t * experts + e));
   }
 
   // Adds what `count` tokens, 4 at most, give to the columns when their rows are scaled for these column scales.
@@ -115,7 +120,8 @@ struct Problem {
 };
 
 // The columns' scales, (E in whole vectors).
-std::vector<double> column_scales(const Problem& problem, int64_t most, double tolerance, int64_t threads) {
+template <bool whole>
+std::vector<double> column_scales(const Problem<whole>& problem, int64_t most, double tolerance, int64_t threads) {
   const int64_t experts = problem.experts, wide = (experts + 7) / 8 * 8, chunks = (problem.n + CHUNK - 1) / CHUNK;
   std::vector<double> scale(wide, 1.0), sums(chunks * wide);
   for (int64_t round = 0; round < most; round++) {
@@ -161,8 +167,10 @@ struct Group {
         std::fill_n(mass + t * experts, experts, 0.0f);
     });
     const int64_t rows = valid ? n - std::count(valid, valid + n, 0) : n;
-    const Problem problem{mass, n, experts, double(std::max<int64_t>(rows, 1))};
-    const std::vector<double> scale = column_scales(problem, most, tolerance, threads);
+    const double counted = double(std::max<int64_t>(rows, 1));
+    const std::vector<double> scale =
+        experts % 8 ? column_scales(Problem<false>{mass, n, experts, counted}, most, tolerance, threads)
+                    : column_scales(Problem<true>{mass, n, experts, counted}, most, tolerance, threads);
     const std::vector<float> rounded(scale.begin(), scale.end());
     for_tokens([&](int64_t t) { scale_row(x + t * experts, rounded.data(), experts, mass + t * experts); });
   }

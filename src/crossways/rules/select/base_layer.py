@@ -91,10 +91,11 @@ def balanced_experts(gain_NE: Tensor, starts_G1: Tensor, allowed_NE: Tensor | No
     Returns:
         int64 (N,).
     """
-    if allowed_NE is None and routing.solves(gain_NE) and (index_N := routing.balanced(gain_NE, starts_G1)) is not None:
+    native = routing.solves(gain_NE)
+    if native and allowed_NE is None and (index_N := routing.balanced(gain_NE, starts_G1)) is not None:
         return index_N
     gain_NE = _finite(gain_NE.double(), allowed_NE)
-    if routing.solves(gain_NE) and (index_N := routing.balanced(gain_NE, starts_G1)) is not None:
+    if native and (index_N := routing.balanced(gain_NE, starts_G1)) is not None:
         return index_N
     groups = [gain_NE[first:end] for first, end in pairwise(starts_G1.tolist())]
     return torch.cat([_solved(group_NE) for group_NE in groups] or [starts_G1[:0]])
