@@ -96,7 +96,7 @@ void mark_ties(const float* x, const Allowed& may, const Groups& groups, int64_t
     }
 }
 
-// By the team that calls it: tokens are marked one by one where no cut has ties, which is nearly always.
+// By the team that calls it. A group where some cut has ties, which is rare, is one thread's work: the first ones count.
 void mark(const float* x, const Allowed& may, const Groups& groups, const Cuts* cuts, const Bits& bits) {
   for (int64_t g = 0; g < groups.count; g++) {
     const Cuts* own = cuts + g * bits.pieces();
