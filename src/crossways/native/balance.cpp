@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -25,17 +26,10 @@ inline __mmask8 lanes_of_8(int64_t left) { return left >= 8 ? 0xff : __mmask8((1
 inline __m512d load(const float* from, __mmask8 real) { return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(real, from)); }
 inline __m512d load(const double* from, __mmask8 real) { return _mm512_maskz_loadu_pd(real, from); }
 
-// A thread's own, kept for the next call: fresh pages would cost as much as what is written to them.
-double* room_for(int64_t count) {
-  thread_local std::vector<double> room;
-  if (int64_t(room.size()) < count) room.resize(count);
-  return room.data();
-}
-
 struct Transport {
   int64_t experts, places, n, wide;  // n: E C, tokens that gain nothing included; wide: E in whole vectors of 8
   bool finite = true;
-  double* gain;      // (N, wide), rows padded with -infinity
+  std::unique_ptr<double[]> gain;  // (N, wide), rows padded with -infinity
   std::vector<double> price, distance, open;  // (wide): open is the distance of who has not been visited
   std::vector<int64_t> before;                // on the cheapest chain
   std::vector<std::vector<int64_t>> members;
@@ -45,7 +39,7 @@ struct Transport {
   template <class Real>
   Transport(const Real* from, int64_t tokens, int64_t experts_)
       : experts(experts_), places((tokens + experts - 1) / experts), n(places * experts), wide((experts + 7) / 8 * 8),
-        gain(room_for(n * wide)), price(wide, 0), distance(wide), open(wide), before(wide), members(experts),
+        gain(new double[n * wide]), price(wide, 0), distance(wide), open(wide), before(wide), members(experts),
         cost(experts * wide, FAR), mover(experts * wide, -1) {
     const __m512d least = _mm512_set1_pd(-FAR);
     __mmask8 odd = 0;
