@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from crossways.native import bits
+
 ROOT = Path(__file__).parents[1]
 MODULES = (
     *("bench", "contenders", "experts", "field", "measure", "problems", "routing", "table", "train_throughput"),
@@ -330,8 +332,8 @@ def test_fast_and_plain_paths_of_every_rule_are_compared(bench, monkeypatch):
         if name != "base":
             assert bench.routing.wrong(rule, *bench.routing.scores_for(rule, case, "cpu")) == ""
     if bench.routing.native.fits(torch.zeros(10**4)):
-        plain = bench.routing.native.top_k
-        monkeypatch.setattr(bench.routing.native, "top_k", lambda *arguments: plain(*arguments).flip(0))
+        right = bits.of_top_k
+        monkeypatch.setattr(bits, "of_top_k", lambda choice, *others: right(choice.flip(0), *others))
         given = bench.routing.scores_for(rules["top-k"], case, "cpu")
         assert "tokens" in bench.routing.wrong(rules["top-k"], *given)
 

@@ -12,7 +12,7 @@ import torch
 
 from crossways.assignment import Assignment
 from crossways.experts import why_not
-from crossways.native import loading, routing, why_not_native
+from crossways.native import bits, loading, routing, why_not_native
 from crossways.native.loading import NativeUnavailableError, build, library
 from crossways.rules.select import (
     Base,
@@ -226,7 +226,7 @@ def test_one_long_row_by_several_threads(monkeypatch, threads, budget, masked):
     torch.set_num_threads(threads)
     try:
         native, plain = both(monkeypatch, lambda: top_of_groups(x_GN, allowed_GN, torch.tensor([budget]), 40000))
-        least = routing.least_of_rows(x_GN, torch.tensor([budget]))
+        least = bits.least_of_shared(x_GN.view(400, 100), bits.Groups(1, 400, 0, 1), budget)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(native, plain)
@@ -252,7 +252,7 @@ def test_columns_are_rows_turned(monkeypatch, kind, shape, masked):
 def test_weights_of_pairs_are_indexing_with_all_its_derivatives(monkeypatch):
     monkeypatch.setattr(routing, "_SMALL", 0)
     mask_TE = torch.rand(9, 5) < 0.5
-    token_P, expert_P, _ = routing.mask_pairs(mask_TE)
+    token_P, expert_P, *_ = bits.pairs(bits.of_mask(mask_TE), mask_TE)
     matrix_TE = torch.rand(9, 5, requires_grad=True)
     results = []
     for taken_P in (routing.weights(matrix_TE, token_P, expert_P), matrix_TE[token_P, expert_P]):

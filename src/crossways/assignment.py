@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from crossways.native import routing
+from crossways.native import bits, routing
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ class Assignment:
             kept_TK: boolean (T, K), which of them to take; None for all.
             allowed_TE: boolean (T, E), which pairs may be taken at all; None for all.
         """
-        num_tokens, num_experts = weight_TE.shape
+        num_experts = weight_TE.shape[1]
         if routing.fits(index_TK, weight_TE, kept_TK, allowed_TE):
-            token_P, expert_P, offsets_E1 = routing.index_pairs(index_TK, num_experts, kept_TK, allowed_TE)
-            return cls(token_P, expert_P, routing.weights(weight_TE, token_P, expert_P), offsets_E1, num_tokens)
+            return cls.from_bits(bits.of_index(index_TK, num_experts, kept_TK, allowed_TE), weight_TE)
         weight_TK = weight_TE.gather(-1, index_TK)
         if allowed_TE is not None:
             open_TK = allowed_TE.gather(-1, index_TK)
@@ -123,17 +122,21 @@ class Assignment:
     )
     def _from_counted_mask(cls, mask_TE: Tensor, weight_TE: Tensor) -> Assignment:
         if routing.ready(mask_TE):
-            token_P, expert_P, offsets_E1 = routing.mask_pairs(mask_TE)
-        else:
-            expert_P, token_P = mask_TE.t().nonzero(as_tuple=True)
-            offsets_E1 = torch.nn.functional.pad(mask_TE.sum(0).cumsum(0), (1, 0))
+            return cls.from_bits(bits.of_mask(mask_TE), weight_TE)
+        expert_P, token_P = mask_TE.t().nonzero(as_tuple=True)
         return cls(
             token_P=token_P,
             expert_P=expert_P,
             weight_P=routing.weights(weight_TE, token_P, expert_P),
-            offsets_E1=offsets_E1,
+            offsets_E1=torch.nn.functional.pad(mask_TE.sum(0).cumsum(0), (1, 0)),
             num_tokens=mask_TE.shape[0],
         )
+
+    @classmethod
+    def from_bits(cls, chosen: bits.Bits, weight: Tensor) -> Assignment:
+        """From chosen pairs as the C++ parts give them, and what holds their weights, (T, E) or (B, S, E)."""
+        token_P, expert_P, weight_P, offsets_E1 = bits.pairs(chosen, weight)
+        return cls(token_P, expert_P, weight_P, offsets_E1, len(chosen.word_TW))
 
     @classmethod
     def from_bounded_mask(cls, mask_TE: Tensor, weight_TE: Tensor, most: int) -> Assignment:

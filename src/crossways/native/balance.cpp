@@ -1,43 +1,56 @@
 // BASE's linear assignment problem: one expert for each token, at most C tokens for each expert, greatest total gain.
 //
 // A transportation problem with few destinations, solved exactly by successive shortest paths (Ahuja, Magnanti and
-// Orlin 1993, section 9.7). Every token begins with its best expert; then each token too many is pushed, along the
-// cheapest chain of moves from expert to expert, to one that has room. Prices keep all costs non-negative, so that
-// Dijkstra's algorithm finds the chain among E nodes.
+// Orlin 1993, section 9.7). Places that stay free are taken by tokens that gain nothing anywhere, so that every expert
+// ends with C. Every token begins with the expert where gain and price are greatest, at prices that nearly level the
+// loads; then each token too many is pushed, along the cheapest chain of moves from expert to expert, to one that has
+// too few. Prices keep all costs non-negative, so that Dijkstra's algorithm finds the chain among E nodes.
 //
 // Legend: N tokens, E experts, C places per expert.
 #include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace {
 
 constexpr double FAR = std::numeric_limits<double>::infinity();
 
+inline __mmask8 lanes_of_8(int64_t left) { return left >= 8 ? 0xff : __mmask8((1u << left) - 1); }
+
+inline __m512d load(const float* from, __mmask8 real) { return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(real, from)); }
+inline __m512d load(const double* from, __mmask8 real) { return _mm512_maskz_loadu_pd(real, from); }
+
 struct Transport {
-  int64_t n, experts, places, wide;  // wide: E in whole vectors of 8
-  std::vector<double> gain;          // (N, wide), rows padded with -infinity
+  int64_t experts, places, n, wide;  // n: E C, tokens that gain nothing included; wide: E in whole vectors of 8
+  bool finite = true;
+  std::unique_ptr<double[]> gain;  // (N, wide), rows padded with -infinity
+  std::vector<double> price, distance, open;  // (wide): open is the distance of who has not been visited
+  std::vector<int64_t> before;                // on the cheapest chain
   std::vector<std::vector<int64_t>> members;
   std::vector<double> cost;    // (E, wide): the least loss of moving one token of a to b
   std::vector<int64_t> mover;  // (E, wide): which token that is
-  std::vector<double> price, distance, open;  // (wide): open is the distance of who has not been visited
-  std::vector<int64_t> before;                // on the cheapest chain
-  double room_price = 0;                      // price of the node behind all experts that have room
 
-  Transport(const double* from, int64_t n_, int64_t experts_, int64_t places_)
-      : n(n_), experts(experts_), places(places_), wide((experts_ + 7) / 8 * 8), gain(n * wide, -FAR), members(experts),
-        cost(experts * wide, FAR), mover(experts * wide, -1), price(wide, 0), distance(wide), open(wide), before(wide) {
-    for (int64_t t = 0; t < n; t++) {
-      const double* row = from + t * experts;
-      std::copy_n(row, experts, gain.begin() + t * wide);
-      members[std::max_element(row, row + experts) - row].push_back(t);
-    }
-    for (int64_t a = 0; a < experts; a++)
-      for (int64_t t : members[a]) consider(a, t);
+  template <class Real>
+  Transport(const Real* from, int64_t tokens, int64_t experts_)
+      : experts(experts_), places((tokens + experts - 1) / experts), n(places * experts), wide((experts + 7) / 8 * 8),
+        gain(new double[n * wide]), price(wide, 0), distance(wide), open(wide), before(wide), members(experts),
+        cost(experts * wide, FAR), mover(experts * wide, -1) {
+    const __m512d least = _mm512_set1_pd(-FAR);
+    __mmask8 odd = 0;
+    for (int64_t t = 0; t < n; t++)
+      for (int64_t e = 0; e < wide; e += 8) {
+        const __mmask8 real = lanes_of_8(experts - e);
+        const __m512d row = t < tokens ? load(from + t * experts + e, real) : _mm512_setzero_pd();
+        odd |= _mm512_fpclass_pd_mask(row, 0x81 | 0x18);  // NaN, infinities
+        _mm512_storeu_pd(&gain[t * wide + e], _mm512_mask_mov_pd(least, real, row));
+      }
+    finite = !odd;
   }
 
   // Whether t is the token that a loses least by giving away, to every other expert.
@@ -66,6 +79,65 @@ struct Transport {
 
   bool has_room(int64_t e) const { return int64_t(members[e].size()) < places; }
 
+  // Where gain and price of a token are greatest; and by how much, over the next best.
+  int64_t best(int64_t t, double* lead) const {
+    __m512d first = _mm512_set1_pd(-FAR), second = first;
+    __m512i who = _mm512_setzero_si512();
+    for (int64_t e = 0; e < wide; e += 8) {
+      const __m512d here = _mm512_add_pd(_mm512_loadu_pd(&gain[t * wide + e]), _mm512_loadu_pd(&price[e]));
+      const __mmask8 better = _mm512_cmp_pd_mask(here, first, _CMP_GT_OQ);
+      second = _mm512_max_pd(second, _mm512_min_pd(here, first));
+      first = _mm512_mask_mov_pd(first, better, here);
+      who = _mm512_mask_mov_epi64(who, better, _mm512_set1_epi64(e));
+    }
+    const double top = _mm512_reduce_max_pd(first);
+    const __mmask8 at = _mm512_cmp_pd_mask(first, _mm512_set1_pd(top), _CMP_EQ_OQ);
+    const int lane = __builtin_ctz(at);
+    *lead = top - std::max(_mm512_reduce_max_pd(second), _mm512_reduce_max_pd(_mm512_mask_mov_pd(
+                                                             first, __mmask8(1 << lane), _mm512_set1_pd(-FAR))));
+    alignas(64) int64_t begins[8];
+    _mm512_store_si512(begins, who);
+    return begins[lane] + lane;
+  }
+
+  // Everybody's best at these prices, and the mean lead. Returns how many are too many.
+  int64_t choose(std::vector<int64_t>& chosen, std::vector<int64_t>& load, double* mean) const {
+    std::fill(load.begin(), load.end(), 0);
+    *mean = 0;
+    double lead = 0;
+    for (int64_t t = 0; t < n; t++) {
+      load[chosen[t] = best(t, &lead)]++;
+      *mean += lead / double(n);
+    }
+    int64_t excess = 0;
+    for (int64_t count : load) excess += std::max<int64_t>(count - places, 0);
+    return excess;
+  }
+
+  // Any prices will do to begin with; the better they level the loads, the fewer tokens are left to push. Loads answer
+  // to prices about as those of a softmax would whose temperature is the mean lead, so that this is Sinkhorn's step,
+  // shortened because loads are whole. A step costs as much time as `worth` pushes, and the next one saves about a fourth
+  // of what the last one did.
+  std::vector<int64_t> level() {
+    std::vector<int64_t> chosen(n), load(experts), next(n), next_load(experts);
+    double lead;
+    const int64_t worth = n / 256 + 1;
+    int64_t excess = choose(chosen, load, &lead);
+    while (excess > worth && std::isfinite(lead)) {
+      const std::vector<double> old = price;
+      for (int64_t e = 0; e < experts; e++)
+        price[e] += 0.7 * lead * std::log((double(places) + 0.5) / (double(load[e]) + 0.5));
+      const int64_t left = choose(next, next_load, &lead);
+      const bool slow = excess - left < 4 * worth;
+      if (left >= excess)
+        price = old;
+      else
+        excess = left, chosen.swap(next), load.swap(next_load);
+      if (slow) break;
+    }
+    return chosen;
+  }
+
   // The nearest expert that was not visited, -1 if none can be reached.
   int64_t nearest() const {
     __m512d least = _mm512_set1_pd(FAR);
@@ -82,16 +154,9 @@ struct Transport {
     std::fill(distance.begin(), distance.end(), FAR);
     std::fill(open.begin(), open.end(), FAR);
     distance[source] = open[source] = 0;
-    double end = FAR;
-    int64_t last = -1;
-    for (;;) {
-      const int64_t a = nearest();
-      if (a < 0 || distance[a] >= end) break;
+    int64_t a;
+    while (!has_room(a = nearest())) {
       open[a] = FAR;
-      if (has_room(a) && distance[a] + price[a] - room_price < end) {
-        end = distance[a] + price[a] - room_price;
-        last = a;
-      }
       const __m512d so_far = _mm512_set1_pd(distance[a] + price[a]), nearer_than_a = _mm512_set1_pd(distance[a]);
       for (int64_t b = 0; b < wide; b += 8) {
         __m512d there = _mm512_add_pd(so_far, _mm512_loadu_pd(&cost[a * wide + b]));
@@ -103,32 +168,50 @@ struct Transport {
         _mm512_mask_storeu_epi64(&before[b], nearer, _mm512_set1_epi64(a));
       }
     }
+    const double end = distance[a];
     for (int64_t e = 0; e < experts; e++) price[e] += std::min(distance[e], end);
-    room_price += end;
-    return last;
+    return a;
   }
 
-  void solve(int64_t* chosen) {
+  void solve(int64_t tokens, int64_t* chosen) {
+    const std::vector<int64_t> start = level();
+    for (int64_t t = 0; t < n; t++) {
+      members[start[t]].push_back(t);
+      consider(start[t], t);
+    }
     for (int64_t source = 0; source < experts; source++)
       while (int64_t(members[source].size()) > places)
         for (int64_t b = search(source); b != source; b = before[b]) move(mover[before[b] * wide + b], before[b], b);
     for (int64_t e = 0; e < experts; e++)
-      for (int64_t t : members[e]) chosen[t] = e;
+      for (int64_t t : members[e])
+        if (t < tokens) chosen[t] = e;
   }
 };
+
+template <class Real>
+int solve_groups(const Real* gain, const int64_t* starts, int64_t groups, int64_t experts, int64_t* chosen,
+                 int64_t threads) {
+  int finite = 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(min : finite)
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t n = starts[g + 1] - starts[g];
+    Transport problem(gain + starts[g] * experts, n, experts);
+    finite = std::min<int>(finite, problem.finite);
+    if (problem.finite) problem.solve(n, chosen + starts[g]);
+  }
+  return finite;
+}
 
 }  // namespace
 
 extern "C" {
 
 // chosen[t] = the expert of token t, group by group: tokens starts[g] to starts[g + 1] - 1 share the experts, each of
-// which takes at most their number / E, rounded up. gain is finite, (N, E).
-void crossways_balanced(const double* gain, const int64_t* starts, int64_t groups, int64_t experts, int64_t* chosen,
-                        int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t g = 0; g < groups; g++) {
-    const int64_t n = starts[g + 1] - starts[g], places = (n + experts - 1) / experts;
-    Transport(gain + starts[g] * experts, n, experts, places).solve(chosen + starts[g]);
-  }
+// which takes at most their number / E, rounded up. gain (N, E) is float, or with `wide` double. Returns 0, and no
+// solution, if some gain is not finite.
+int crossways_balanced(const void* gain, int64_t wide, const int64_t* starts, int64_t groups, int64_t experts,
+                       int64_t* chosen, int64_t threads) {
+  return wide ? solve_groups(static_cast<const double*>(gain), starts, groups, experts, chosen, threads)
+              : solve_groups(static_cast<const float*>(gain), starts, groups, experts, chosen, threads);
 }
 }

@@ -1,12 +1,14 @@
 // Pairs in the order of their experts, for the CPU: counting sorts, and the weights of pairs out of a matrix and back.
 //
-// Legend: T tokens, P pairs, E experts, K experts per token.
+// Legend: T tokens, P pairs, E experts, N parts of the tokens, one for each thread.
 #include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "bits.h"
 
 namespace {
 
@@ -24,80 +26,66 @@ void begin_of_parts(int64_t* next, int64_t parts, int64_t experts, int64_t* offs
   offsets[experts] = sum;
 }
 
-// `each(t, found)` calls found(e) for every expert of token t.
-template <class Each>
-void write_pairs(int64_t tokens, int64_t experts, int64_t* next, int64_t parts, const int64_t* offsets, int64_t* token,
-                 int64_t* expert, Each each) {
-#pragma omp parallel num_threads(parts)
-  {
-#pragma omp for
-    for (int64_t part = 0; part < parts; part++) {
-      int64_t* to = next + part * experts;
-      for (int64_t t = tokens * part / parts; t < tokens * (part + 1) / parts; t++)
-        each(t, [&](int64_t e) { token[to[e]++] = t; });
-    }
-#pragma omp for
-    for (int64_t e = 0; e < experts; e++) std::fill(expert + offsets[e], expert + offsets[e + 1], e);
+// count[e] = in how many tokens from `begin` on bit e of one of their words is set.
+void count_word(const Allowed& bits, int64_t word, int64_t begin, int64_t end, int64_t* count) {
+  alignas(64) uint8_t few[64];
+  for (int64_t t = begin; t < end;) {
+    __m512i sums = _mm512_setzero_si512();
+    for (const int64_t stop = std::min<int64_t>(t + 255, end); t < stop; t++)  // as many as a byte can count
+      sums = _mm512_mask_sub_epi8(sums, bits.of(t)[word], sums, _mm512_set1_epi8(-1));
+    _mm512_store_si512(few, sums);
+    for (int64_t e = 0; e < std::min<int64_t>(64, bits.experts - 64 * word); e++) count[e] += few[e];
   }
+}
+
+// Tokens of the pairs of a part, and their weights where there is a matrix of these.
+template <bool weigh>
+void write_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* to, const float* matrix, int64_t* token,
+                float* weight) {
+  for (int64_t t = begin; t < end; t++)
+    for (int64_t w = 0; w < bits.width; w++)
+      for (uint64_t left = bits.of(t)[w]; left; left &= left - 1) {
+        const int64_t e = 64 * w + __builtin_ctzll(left), at = to[e]++;
+        token[at] = t;
+        if (weigh) weight[at] = matrix[t * bits.experts + e];
+      }
 }
 
 }  // namespace
 
 extern "C" {
 
-// First half of the pairs of a (T, E) mask: offsets[e], where each expert's begin, and next (parts, E), for the second.
-void crossways_mask_offsets(const uint8_t* mask, int64_t tokens, int64_t experts, int64_t* offsets, int64_t* next,
+// First half of the pairs of bits: offsets[e], where each expert's begin, and next (N, E), for the second half. Returns
+// how many there are.
+int64_t crossways_pair_offsets(const uint64_t* words, int64_t tokens, int64_t experts, int64_t* offsets, int64_t* next,
                             int64_t parts) {
+  const Allowed bits(words, experts);
 #pragma omp parallel for num_threads(parts)
   for (int64_t part = 0; part < parts; part++) {
     int64_t* count = next + part * experts;
-    std::vector<uint8_t> few(experts, 0);  // of so many rows that a byte holds it
     std::fill_n(count, experts, 0);
-    int64_t t = tokens * part / parts;
-    for (const int64_t end = tokens * (part + 1) / parts; t < end;) {
-      for (const int64_t stop = std::min<int64_t>(t + 255, end); t < stop; t++)
-        for (int64_t e = 0; e < experts; e++) few[e] += mask[t * experts + e];
-      for (int64_t e = 0; e < experts; e++) count[e] += few[e], few[e] = 0;
-    }
+    for (int64_t w = 0; w < bits.width; w++)
+      count_word(bits, w, tokens * part / parts, tokens * (part + 1) / parts, count + 64 * w);
   }
   begin_of_parts(next, parts, experts, offsets);
+  return offsets[experts];
 }
 
-// Second half: tokens and experts of the pairs, by expert and then by token.
-void crossways_mask_pairs(const uint8_t* mask, int64_t tokens, int64_t experts, const int64_t* offsets, int64_t* next,
-                          int64_t parts, int64_t* token, int64_t* expert) {
-  write_pairs(tokens, experts, next, parts, offsets, token, expert, [=](int64_t t, auto found) {
-    const uint8_t* row = mask + t * experts;
-    int64_t e = 0;
-    for (; e + 8 <= experts; e += 8) {
-      uint64_t eight;
-      std::memcpy(&eight, row + e, 8);
-      for (; eight; eight &= eight - 1) found(e + __builtin_ctzll(eight) / 8);
-    }
-    for (; e < experts; e++)
-      if (row[e]) found(e);
-  });
-}
-
-// Pairs of each token's K experts, but for those that are not kept (T, K) or not allowed (T, E), which may be null.
-void crossways_index_pairs(const int64_t* index, const uint8_t* kept, const uint8_t* allowed, int64_t tokens,
-                           int64_t k, int64_t experts, int64_t* token, int64_t* expert, int64_t* offsets,
-                           int64_t parts) {
-  auto each = [=](int64_t t, auto found) {
-    for (int64_t j = 0; j < k; j++) {
-      const int64_t e = index[t * k + j];
-      if ((!kept || kept[t * k + j]) && (!allowed || allowed[t * experts + e])) found(e);
-    }
-  };
-  std::vector<int64_t> next(parts * experts, 0);
-#pragma omp parallel for num_threads(parts)
-  for (int64_t part = 0; part < parts; part++) {
-    std::vector<int64_t> count(experts, 0);
-    for (int64_t t = tokens * part / parts; t < tokens * (part + 1) / parts; t++) each(t, [&](int64_t e) { count[e]++; });
-    std::copy(count.begin(), count.end(), next.begin() + part * experts);
+// Second half: tokens and experts of the pairs, by expert and then by token, and their entries of a matrix (T, E),
+// which may be null.
+void crossways_pairs(const uint64_t* words, const float* matrix, int64_t tokens, int64_t experts,
+                     const int64_t* offsets, int64_t* next, int64_t parts, int64_t* token, int64_t* expert,
+                     float* weight) {
+  const Allowed bits(words, experts);
+#pragma omp parallel num_threads(parts)
+  {
+#pragma omp for nowait
+    for (int64_t part = 0; part < parts; part++)
+      (matrix ? write_part<true> : write_part<false>)(bits, tokens * part / parts, tokens * (part + 1) / parts,
+                                                      next + part * experts, matrix, token, weight);
+#pragma omp for
+    for (int64_t e = 0; e < experts; e++) std::fill(expert + offsets[e], expert + offsets[e + 1], e);
   }
-  begin_of_parts(next.data(), parts, experts, offsets);
-  write_pairs(tokens, experts, next.data(), parts, offsets, token, expert, each);
 }
 
 // A stable counting sort of pairs by expert. order[i] = which pair comes i-th; offsets[e] = first pair of expert e.

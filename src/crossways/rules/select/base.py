@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import routing
+from crossways.native import bits, routing
 from crossways.rules.registry import build, catalogue
 
 
@@ -165,7 +165,7 @@ def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor
         counts as the greatest.
     """
     if routing.fits(choice_GN):
-        return routing.top_of_rows(choice_GN, allowed_GN, budget_G)
+        return bits.of_shared_budgets(choice_GN, bits.Groups(len(choice_GN), 1, 1, 1), budget_G, allowed_GN).mask()
     most = min(most, choice_GN.shape[1])
     if most == 0:
         return torch.zeros_like(choice_GN, dtype=torch.bool)
@@ -184,7 +184,7 @@ def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor
 def top_of_columns(choice_GNE: Tensor, allowed_GNE: Tensor | None, budget_GE: Tensor, most: int) -> Tensor:
     """The same for the columns of each group: boolean (G, N, E), of budgets (G, E)."""
     if routing.fits(choice_GNE, allowed_GNE):
-        return routing.top_of_columns(choice_GNE, allowed_GNE, budget_GE)
+        return bits.of_column_budgets(choice_GNE, budget_GE, allowed_GNE).mask().view(choice_GNE.shape)
     groups, tokens, num_experts = choice_GNE.shape
     choice_GN = choice_GNE.transpose(1, 2).flatten(0, 1)
     allowed_GN = None if allowed_GNE is None else allowed_GNE.transpose(1, 2).flatten(0, 1)
@@ -196,7 +196,7 @@ def top_k_index(choice_TE: Tensor, k: int, allowed_TE: Tensor | None = None) -> 
     """Indices of each token's k greatest allowed entries, int64 (T, K), greatest first; where fewer are allowed, the
     last ones are anything."""
     if routing.fits(choice_TE, allowed_TE):
-        return routing.top_k(choice_TE, k, allowed_TE)
+        return bits.top_k_index(choice_TE, k, allowed_TE)
     if allowed_TE is not None:
         choice_TE = choice_TE.masked_fill(~allowed_TE, -torch.inf)
     return choice_TE.topk(k, dim=-1).indices

@@ -65,18 +65,19 @@ class Base(Selection):
     @torch.compiler.disable(reason="the selection base solves its assignment problem on the CPU")
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         groups = choice_BSE.shape[0] if self.group == "sequence" else 1
+        if allowed_BSE is None:
+            tokens = choice_BSE.shape[0] * choice_BSE.shape[1]
+            starts_G1 = torch.arange(groups + 1) * (tokens // max(groups, 1))
+            index_T = balanced_experts(choice_BSE.detach().flatten(0, 1).cpu(), starts_G1)
+            return Assignment.from_choices(index_T[:, None].to(choice_BSE.device), scores_BSE.flatten(0, 1))
         valid_T = valid_tokens(allowed_BSE, choice_BSE).flatten().cpu()
         starts_G1 = functional.pad(valid_T.view(groups, -1).sum(-1).cumsum(0), (1, 0))
         gain_TE = choice_BSE.detach().flatten(0, 1).cpu()
-        allowed_TE = None if allowed_BSE is None else allowed_BSE.flatten(0, 1).cpu()
-        if allowed_TE is None:
-            index_T = balanced_experts(gain_TE, starts_G1)
-        else:
-            index_T = torch.zeros(len(valid_T), dtype=torch.int64)
-            index_T[valid_T] = balanced_experts(gain_TE[valid_T], starts_G1, allowed_TE[valid_T])
+        allowed_TE = allowed_BSE.flatten(0, 1).cpu()
+        index_T = torch.zeros(len(valid_T), dtype=torch.int64)
+        index_T[valid_T] = balanced_experts(gain_TE[valid_T], starts_G1, allowed_TE[valid_T])
         index_T1 = index_T[:, None].to(choice_BSE.device)
-        allowed_TE = None if allowed_BSE is None else allowed_BSE.flatten(0, 1)
-        return Assignment.from_choices(index_T1, scores_BSE.flatten(0, 1), allowed_TE=allowed_TE)
+        return Assignment.from_choices(index_T1, scores_BSE.flatten(0, 1), allowed_TE=allowed_BSE.flatten(0, 1))
 
 
 def balanced_experts(gain_NE: Tensor, starts_G1: Tensor, allowed_NE: Tensor | None = None) -> Tensor:
@@ -90,9 +91,12 @@ def balanced_experts(gain_NE: Tensor, starts_G1: Tensor, allowed_NE: Tensor | No
     Returns:
         int64 (N,).
     """
+    native = routing.solves(gain_NE)
+    if native and allowed_NE is None and (index_N := routing.balanced(gain_NE, starts_G1)) is not None:
+        return index_N
     gain_NE = _finite(gain_NE.double(), allowed_NE)
-    if routing.solves(gain_NE):
-        return routing.balanced(gain_NE, starts_G1)
+    if native and (index_N := routing.balanced(gain_NE, starts_G1)) is not None:
+        return index_N
     groups = [gain_NE[first:end] for first, end in pairwise(starts_G1.tolist())]
     return torch.cat([_solved(group_NE) for group_NE in groups] or [starts_G1[:0]])
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import routing
+from crossways.native import bits, routing
 from crossways.rules.select.base import (
     Count,
     Selection,
@@ -26,7 +26,6 @@ from crossways.rules.select.base import (
     place_in_queue,
     top_k_index,
     top_of_columns,
-    valid_tokens,
 )
 
 Group = Literal["sequence", "batch"]
@@ -137,21 +136,42 @@ class Capacity(Selection):
         choice_TE = choice_BSE.flatten(0, 1)
         index_TK, asked_TK, weight_TE = self._asked(choice_TE, scores_BSE.flatten(0, 1), allowed_BSE)
         groups = batch if self.group == "sequence" else 1
-        tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
+        tokens_G = torch.full((groups,), len(choice_TE) // max(groups, 1), device=choice_TE.device)
+        if allowed_BSE is not None:
+            tokens_G = allowed_BSE.any(-1).reshape(groups, -1).sum(-1)
         ranked_TE = weight_TE.detach() if self.order == "weight" else choice_TE
         capacity_GE = self.capacity(tokens_G, num_experts)
-        if self.order in ("position", "token") and routing.fits(choice_TE):
-            served_TK = routing.first_come(choice_TE, index_TK, asked_TK, capacity_GE, self.order == "token")
-        else:
-            served_TK = self._served(index_TK, asked_TK, ranked_TE, capacity_GE)
-            served_TK = served_TK | (asked_TK & choice_TE.gather(-1, index_TK).isnan())  # must show: is not dropped
+        if routing.fits(choice_TE, ranked_TE):
+            served = self._bits(choice_TE, index_TK, asked_TK, ranked_TE, capacity_GE)
+            return Assignment.from_bits(served, weight_TE)
+        asked_TK = torch.ones_like(index_TK, dtype=torch.bool) if asked_TK is None else asked_TK
+        served_TK = self._served(index_TK, asked_TK, ranked_TE, capacity_GE)
+        served_TK = served_TK | (asked_TK & choice_TE.gather(-1, index_TK).isnan())  # must show: is not dropped
         return Assignment.from_choices(index_TK, weight_TE, served_TK)
+
+    def _bits(
+        self,
+        choice_TE: Tensor,
+        index_TK: Tensor,
+        asked_TK: Tensor | None,
+        ranked_TE: Tensor,
+        capacity_GE: Tensor,
+    ) -> bits.Bits:
+        """The same in C++."""
+        if self.order in ("position", "token"):
+            return bits.of_first_come(choice_TE, index_TK, asked_TK, capacity_GE, self.order == "token")
+        groups, num_experts = capacity_GE.shape
+        asked = bits.of_index(index_TK, num_experts, asked_TK)
+        broken = bits.of_cutoff(choice_TE, math.inf, asked, above=True)
+        return bits.of_column_budgets(ranked_TE.view(groups, -1, num_experts), capacity_GE, asked) | broken
 
     def capacity(self, tokens_G: Tensor, num_experts: int) -> Tensor:
         """Places at each of E experts, int64 (G, E), in groups of so many tokens, int64 (G,). In integers."""
         if self.factor is None:
             return tokens_G[:, None].expand(-1, num_experts)
         shares = self._shares(num_experts)
+        if not self.zero_computation:
+            return _ceil(shares[0], tokens_G)[:, None].expand(-1, num_experts)
         places = {share: _ceil(share, tokens_G) for share in set(shares)}  # two at most
         return torch.stack([places[share] for share in shares], -1)
 
@@ -164,19 +184,19 @@ class Capacity(Selection):
 
     def _asked(
         self, choice_TE: Tensor, scores_TE: Tensor, allowed_BSE: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Each token's first, second, ... choice and whether it asks for it, both (T, K); and the weights (T, E)."""
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Each token's first, second, ... choice and whether it asks for it (None: for all), both (T, K); and the
+        weights (T, E)."""
         allowed_TE = None if allowed_BSE is None else allowed_BSE.flatten(0, 1)
         index_TK = top_k_index(choice_TE, self.k, allowed_TE)
-        asked_TK = torch.ones_like(index_TK, dtype=torch.bool)
-        if allowed_TE is not None:
-            asked_TK = allowed_TE.gather(-1, index_TK)
+        asked_TK = None if allowed_TE is None else allowed_TE.gather(-1, index_TK)
         if self.normalize:
-            sum_T1 = (scores_TE.gather(-1, index_TK) * asked_TK).sum(-1, keepdim=True)
+            asked_weight_TK = scores_TE.gather(-1, index_TK)
+            sum_T1 = (asked_weight_TK if asked_TK is None else asked_weight_TK * asked_TK).sum(-1, keepdim=True)
             scores_TE = scores_TE / torch.where(sum_T1 > 0, sum_T1, 1.0)
         return index_TK, self._sample(index_TK, asked_TK, scores_TE), scores_TE
 
-    def _sample(self, index_TK: Tensor, asked_TK: Tensor, weight_TE: Tensor) -> Tensor:
+    def _sample(self, index_TK: Tensor, asked_TK: Tensor | None, weight_TE: Tensor) -> Tensor | None:
         return asked_TK
 
     def _served(self, index_TK: Tensor, asked_TK: Tensor, ranked_TE: Tensor, capacity_GE: Tensor) -> Tensor:
@@ -218,7 +238,8 @@ def _ceil(share: Fraction, tokens: Count) -> Count:
 class _Sampled(Capacity):
     """The rule with `second = random` in training: weak further choices are often not asked for."""
 
-    def _sample(self, index_TK: Tensor, asked_TK: Tensor, weight_TE: Tensor) -> Tensor:
+    def _sample(self, index_TK: Tensor, asked_TK: Tensor | None, weight_TE: Tensor) -> Tensor:
+        asked_TK = torch.ones_like(index_TK, dtype=torch.bool) if asked_TK is None else asked_TK
         asked_weight_TK = asked_TK * weight_TE.detach().gather(-1, index_TK)
         share_TK = asked_weight_TK / asked_weight_TK.sum(-1, keepdim=True)
         keep_TK = torch.rand_like(share_TK) < self.k * share_TK

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
+from crossways.native import bits, routing
 from crossways.rules.select.base import Selection, budgets, check_budget, top_of_columns, valid_tokens
 from crossways.rules.select.threshold import Threshold, pooled_cutoff
 
@@ -52,7 +53,9 @@ class ExpertChoice(Selection):
         batch, _, num_experts = choice_BSE.shape
         groups = batch if self.group == "sequence" else 1
 
-        choice_GNE = choice_BSE.reshape(groups, -1, num_experts)
+        choice_GNE = choice_BSE if self.group == "sequence" else choice_BSE.reshape(groups, -1, num_experts)
+        if routing.fits(choice_GNE, allowed_BSE):
+            return Assignment.from_bits(self._bits(choice_GNE, allowed_BSE), scores_BSE)
         allowed_GNE = None if allowed_BSE is None else allowed_BSE.reshape(choice_GNE.shape)
         tokens_G = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1).sum(-1)
         capacity_GE = budgets(tokens_G, self.k, num_experts)[:, None].expand(-1, num_experts)
@@ -61,6 +64,14 @@ class ExpertChoice(Selection):
         mask_TE = mask_GNE.reshape(-1, num_experts)
         bound = groups * num_experts * most
         return Assignment.from_mask(mask_TE, scores_BSE.reshape(-1, num_experts), most=bound)
+
+    def _bits(self, choice_GNE: Tensor, allowed_BSE: Tensor | None) -> bits.Bits:
+        groups, tokens, num_experts = choice_GNE.shape
+        budget: int | Tensor = budgets(tokens, self.k, num_experts)
+        if allowed_BSE is not None:
+            tokens_G = allowed_BSE.any(-1).reshape(groups, -1).sum(-1)
+            budget = budgets(tokens_G, self.k, num_experts)[:, None].expand(-1, num_experts)
+        return bits.of_column_budgets(choice_GNE, budget, allowed_BSE)
 
     def decode_twin(self) -> Threshold:
         return Threshold(k=self.k, per_expert=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import routing
+from crossways.native import bits, routing
 from crossways.rules.select.base import Selection, check_budget, check_whole, top_k_index
 from crossways.rules.select.top_k import TopK
 
@@ -79,11 +79,9 @@ class GroupLimited(Selection):
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         if routing.fits(choice_BSE, allowed_BSE):
-            allowed_TE = None if allowed_BSE is None else allowed_BSE.flatten(0, 1)
-            within_TE = routing.within_groups(
-                choice_BSE.flatten(0, 1), allowed_TE, self.n_group, self.best_of_group, self.topk_group
-            )
-            return TopK(self.k)(choice_BSE, scores_BSE, within_TE.view_as(choice_BSE))
+            limits = self.k, self.n_group, self.best_of_group, self.topk_group
+            chosen = bits.of_group_limited(choice_BSE, *limits, allowed_BSE)
+            return Assignment.from_bits(chosen, scores_BSE)
         allowed_BSE = torch.ones_like(choice_BSE, dtype=torch.bool) if allowed_BSE is None else allowed_BSE
         within_BSE = self._within(choice_BSE.detach(), allowed_BSE) & allowed_BSE
         return TopK(self.k)(choice_BSE, scores_BSE, within_BSE)

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from crossways.assignment import Assignment
+from crossways.native import bits, routing
 from crossways.rules.select.base import Selection
 
 
@@ -30,6 +31,9 @@ class Positive(Selection):
     exact_budget = False
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        if routing.fits(choice_BSE, allowed_BSE):
+            chosen = bits.of_cutoff(choice_BSE, 0.0, allowed_BSE, above=True)
+            return Assignment.from_bits(chosen, scores_BSE)
         mask_BSE = ~(choice_BSE <= 0)  # unlike >, true for a NaN score
         if allowed_BSE is not None:
             mask_BSE = mask_BSE & allowed_BSE

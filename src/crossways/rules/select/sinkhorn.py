@@ -13,7 +13,8 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.rules.select.base import Selection, check_budget, check_number, check_whole, valid_tokens
+from crossways.native import bits, routing
+from crossways.rules.select.base import Selection, check_budget, check_number, check_whole
 from crossways.rules.select.top_k import TopK
 
 Group = Literal["sequence", "batch"]
@@ -66,29 +67,36 @@ class Sinkhorn(Selection):
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         groups = choice_BSE.shape[0] if self.group == "sequence" else 1
-        choice_BSE = choice_BSE.detach()
         if allowed_BSE is not None:
             choice_BSE = choice_BSE.masked_fill(~allowed_BSE, -torch.inf)
-        valid_GN = valid_tokens(allowed_BSE, choice_BSE).reshape(groups, -1)
-        balanced_GNE = self.balance(choice_BSE.reshape(groups, -1, choice_BSE.shape[-1]), valid_GN)
+        valid_GN = None if allowed_BSE is None else allowed_BSE.any(-1).reshape(groups, -1)
+        choice_GNE = choice_BSE if self.group == "sequence" else choice_BSE.reshape(1, -1, choice_BSE.shape[-1])
+        balanced_GNE = self.balance(choice_GNE.detach(), valid_GN)
         return TopK(self.k)(balanced_GNE.view_as(choice_BSE), scores_BSE, allowed_BSE)
 
     @torch.compiler.disable(reason="the selection sinkhorn stops when it has converged, which a graph cannot know")
-    def balance(self, logits_GNE: Tensor, valid_GN: Tensor) -> Tensor:
-        """The scaled matrix, float32 (G, N, E), less its row scales, which change no token's order.
+    def balance(self, logits_GNE: Tensor, valid_GN: Tensor | None = None) -> Tensor:
+        """The scaled matrix, as wide as the logits (G, N, E), less its row scales, which change no token's order.
 
-        Each group stops by itself, so that what one group holds cannot change another's number of iterations.
+        Each group stops by itself, so that what one group holds cannot change another's number of iterations. All
+        sums are in float64, so that in float32 the order of summation changes nothing: the C++ parts find the same.
         """
-        odd_GNE = None
-        if not bool(logits_GNE.isfinite().all()):
-            odd_GNE = logits_GNE.isnan() | (logits_GNE == torch.inf)
-            lowest = torch.finfo(logits_GNE.dtype).min / 2
-            logits_GNE = logits_GNE.masked_fill(odd_GNE, lowest).clamp(min=lowest)
-        # Row scales are fitted first, so a softmax may stand for exp; it cannot overflow.
-        mass_GNE = logits_GNE.softmax(-1)
-        if not bool(valid_GN.all()):
-            mass_GNE = mass_GNE * valid_GN[..., None]
-        rows_G1 = valid_GN.sum(-1, keepdim=True).clamp(min=1)
+        if routing.fits(logits_GNE, valid_GN):
+            return bits.sinkhorn(logits_GNE, valid_GN, self.max_iterations, self.tolerance)
+        odd_GNE = logits_GNE.isnan() | (logits_GNE == torch.inf)
+        lowest = torch.finfo(logits_GNE.dtype).min / 2
+        logits64_GNE = logits_GNE.masked_fill(odd_GNE, lowest).clamp(min=lowest).double()
+        # Row scales are fitted first, so that any factor of a row will do: with this one nothing overflows.
+        power_GNE = (logits64_GNE - logits64_GNE.amax(-1, keepdim=True)).exp().to(logits_GNE.dtype)
+        if valid_GN is None:
+            valid_GN = torch.ones_like(logits_GNE[..., 0], dtype=torch.bool)
+        mass_GNE = (power_GNE * valid_GN[..., None]).double()
+        scale_GE = self._column_scales(mass_GNE, valid_GN.sum(-1, keepdim=True).clamp(min=1))
+        balanced_GNE = mass_GNE.to(logits_GNE.dtype) * scale_GE[:, None].to(logits_GNE.dtype)
+        return balanced_GNE.masked_fill_(odd_GNE, torch.inf)
+
+    def _column_scales(self, mass_GNE: Tensor, rows_G1: Tensor) -> Tensor:
+        """Of groups with so many valid tokens, (G, E)."""
         columns, tiny = mass_GNE.shape[-1], 1e-8
         scale_GE = mass_GNE.new_ones(mass_GNE.shape[0], columns)
         done_G1 = torch.zeros_like(rows_G1, dtype=torch.bool)
@@ -100,5 +108,4 @@ class Sinkhorn(Selection):
             done_G1 = done_G1 | (change_G1 < self.tolerance)
             if bool(done_G1.all()):
                 break
-        balanced_GNE = mass_GNE.mul_(scale_GE[:, None])
-        return balanced_GNE if odd_GNE is None else balanced_GNE.masked_fill_(odd_GNE, torch.inf)
+        return scale_GE

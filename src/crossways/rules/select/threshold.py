@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import routing
+from crossways.native import bits, routing
 from crossways.rules.select.base import Selection, check_budget, check_number, valid_tokens, whole
 
 
@@ -58,10 +58,14 @@ class Threshold(Selection):
             raise UserError(
                 "selection 'threshold' has no cutoff: give `value`, or train or calibrate the router first"
             )
+        num_experts, limit = choice_BSE.shape[-1], self.value
+        cutoff_C = limit if isinstance(limit, Tensor) else None
+        if routing.fits(choice_BSE, allowed_BSE, cutoff_C) and (cutoff_C is None or cutoff_C.dtype == torch.float32):
+            chosen = bits.of_cutoff(choice_BSE, limit, allowed_BSE)
+            return Assignment.from_bits(chosen, scores_BSE)
         mask_BSE = ~(choice_BSE < self.value)  # unlike >=, true for a NaN score
         if allowed_BSE is not None:
             mask_BSE = mask_BSE & allowed_BSE
-        num_experts = choice_BSE.shape[-1]
         return Assignment.from_mask(mask_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts))
 
     def cutoff(self, choice_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Tensor | None:
@@ -92,12 +96,11 @@ def pooled_cutoff(twin: Threshold, choice_BSE: Tensor, allowed_BSE: Tensor | Non
         num_valid = valid_T.sum()
         rank = (num_valid.double() * twin.k / shares + 0.5).floor().clamp(min=1).long().clamp(max=most)
         if routing.fits(pools_TE):
-            least = (
-                routing.least_of_columns(pools_TE, rank.expand(shares))
-                if twin.per_expert
-                else (routing.least_of_rows(pools_CN, rank[None]))
-            )
-            return torch.where(num_valid > 0, least, torch.nan)
+            if twin.per_expert:
+                least_C = bits.least_of_columns(pools_TE[None], rank.expand(1, shares))[0]
+            else:
+                least_C = bits.least_of_shared(pools_TE, bits.Groups(1, len(pools_TE), 0, 1), rank[None])
+            return torch.where(num_valid > 0, least_C, torch.nan)
         best_CN = pools_CN.topk(most, dim=-1).values
         cutoff_C = best_CN.index_select(1, (rank - 1)[None])[:, 0].float()
         return torch.where(num_valid > 0, cutoff_C, torch.nan)

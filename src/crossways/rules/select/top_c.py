@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
+from crossways.native import bits, routing
 from crossways.rules.select.base import Selection, budgets, check_budget, top_of_groups, valid_tokens
 from crossways.rules.select.threshold import Threshold, pooled_cutoff
 
@@ -56,6 +57,8 @@ class TopC(Selection):
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         batch, sequence, num_experts = choice_BSE.shape
+        if routing.fits(choice_BSE, allowed_BSE):
+            return Assignment.from_bits(self._bits(choice_BSE, allowed_BSE), scores_BSE)
         tokens_G = self._grouped(valid_tokens(allowed_BSE, choice_BSE)[..., None]).sum(-1)
         choice_GN = self._grouped(choice_BSE)
         groups, most = len(choice_GN), budgets(choice_GN.shape[1] // num_experts, self.k)
@@ -64,6 +67,18 @@ class TopC(Selection):
         )
         mask_TE = self._ungrouped(mask_GN, batch, sequence).reshape(-1, num_experts)
         return Assignment.from_mask(mask_TE, scores_BSE.reshape(-1, num_experts), most=groups * most)
+
+    def _bits(self, choice_BSE: Tensor, allowed_BSE: Tensor | None) -> bits.Bits:
+        batch, sequence, _ = choice_BSE.shape
+        groups = {
+            "sequence": bits.Groups(batch, sequence, sequence, 1),
+            "batch": bits.Groups(1, batch * sequence, 0, 1),
+            "position": bits.Groups(sequence, batch, 1, sequence),
+        }[self.group]
+        budget: int | Tensor = budgets(groups.n, self.k)
+        if allowed_BSE is not None:
+            budget = budgets(self._grouped(allowed_BSE.any(-1, keepdim=True)).sum(-1), self.k)
+        return bits.of_shared_budgets(choice_BSE, groups, budget, allowed_BSE)
 
     def _grouped(self, x_BSE: Tensor) -> Tensor:
         """(B, S, *) to (G, N), one group a row."""

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from crossways.assignment import Assignment
+from crossways.native import bits, routing
 from crossways.rules.select.base import Selection, check_budget, check_whole, top_k_index
 
 
@@ -36,6 +37,8 @@ class TopK(Selection):
         check_budget(self.name, self.k, num_experts)
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        if routing.fits(choice_BSE, allowed_BSE):
+            return Assignment.from_bits(bits.of_top_k(choice_BSE, self.k, allowed_BSE), scores_BSE)
         num_experts = choice_BSE.shape[-1]
         choice_TE, scores_TE = choice_BSE.reshape(-1, num_experts), scores_BSE.reshape(-1, num_experts)
         allowed_TE = None if allowed_BSE is None else allowed_BSE.reshape(-1, num_experts)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
+from crossways.native import bits, routing
 from crossways.rules.select.base import Selection, check_number, check_whole, top_k_index
 
 
@@ -54,9 +55,13 @@ class TopP(Selection):
             raise UserError(f"selection 'top_p': cap = {self.cap} exceeds the {num_experts} experts")
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        num_experts = choice_BSE.shape[-1]
+        if routing.fits(choice_BSE, allowed_BSE) and scores_BSE.dtype == torch.float32:
+            most = min(self.cap or num_experts, num_experts)
+            chosen = bits.of_top_p(choice_BSE, scores_BSE, most, self.p, allowed_BSE)
+            return Assignment.from_bits(chosen, scores_BSE)
         choice_TE, scores_TE = choice_BSE.flatten(0, 1), scores_BSE.flatten(0, 1)
         allowed_TE = None if allowed_BSE is None else allowed_BSE.flatten(0, 1)
-        num_experts = choice_TE.shape[-1]
         index_TK = top_k_index(choice_TE, min(self.cap or num_experts, num_experts), allowed_TE)
         probs_TK = scores_TE.detach().gather(-1, index_TK)
         before_TK = functional.pad(probs_TK.cumsum(-1)[:, :-1], (1, 0))  # what the better experts hold already

@@ -1,0 +1,151 @@
+// The greatest entries of each expert in each group of tokens: expert choice, capacity by score, and their cutoffs.
+//
+// By halving, as for shared budgets; sixteen experts at a time, one a lane, each with bounds of its own.
+//
+// Legend: T tokens, E experts, G groups of N tokens.
+#include "cuts.h"
+
+namespace {
+
+struct Lanes {
+  std::vector<__m512i> key;  // (N)
+  __m512i low, high;         // the least and the greatest of those that take part
+
+  void load(const float* x, const Allowed& may, const Groups& groups, int64_t g, int64_t piece) {
+    const __m512i nobody = _mm512_set1_epi32(NOBODY);
+    key.resize(groups.n);
+    low = _mm512_set1_epi32(INT32_MAX), high = nobody;
+    for (int64_t i = 0; i < groups.n; i++) {
+      key[i] = keys_at(x, may, groups.token(g, i), piece);
+      low = _mm512_mask_min_epi32(low, _mm512_cmpgt_epi32_mask(key[i], nobody), low, key[i]);
+      high = _mm512_max_epi32(high, key[i]);
+    }
+  }
+
+  __m512i above(__m512i line) const {
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i even = _mm512_setzero_si512(), odd = even;
+    size_t i = 0;
+    for (; i + 2 <= key.size(); i += 2) {
+      even = _mm512_mask_add_epi32(even, _mm512_cmpgt_epi32_mask(key[i], line), even, one);
+      odd = _mm512_mask_add_epi32(odd, _mm512_cmpgt_epi32_mask(key[i + 1], line), odd, one);
+    }
+    if (i < key.size()) even = _mm512_mask_add_epi32(even, _mm512_cmpgt_epi32_mask(key[i], line), even, one);
+    return _mm512_add_epi32(even, odd);
+  }
+
+  __m512i least_above(__m512i line) const {
+    __m512i least = _mm512_set1_epi32(INT32_MAX);
+    for (const __m512i& here : key)
+      least = _mm512_mask_min_epi32(least, _mm512_cmpgt_epi32_mask(here, line), least, here);
+    return least;
+  }
+};
+
+struct Cuts {
+  __m512i key, ties;
+
+  bool has_ties() const { return _mm512_test_epi32_mask(ties, ties); }
+};
+
+// Halfway between two keys, rounded down.
+__m512i between(__m512i low, __m512i high) {
+  return _mm512_add_epi32(_mm512_and_si512(low, high), _mm512_srai_epi32(_mm512_xor_si512(low, high), 1));
+}
+
+Cuts cuts_of(const Lanes& lanes, __m512i budget) {
+  const __m512i none = _mm512_setzero_si512(), one = _mm512_set1_epi32(1);
+  __m512i low = _mm512_sub_epi32(lanes.low, one), high = lanes.high, above_high = none;
+  const __mmask16 some = _mm512_cmpgt_epi32_mask(budget, none);
+  __mmask16 open = some & _mm512_cmplt_epi32_mask(budget, lanes.above(_mm512_set1_epi32(NOBODY)));
+  Cuts cuts{_mm512_mask_mov_epi32(_mm512_set1_epi32(INT32_MAX), some, _mm512_set1_epi32(NOBODY)), none};
+  while (open) {
+    const __mmask16 last = open & ~_mm512_cmplt_epi32_mask(_mm512_add_epi32(low, one), high);
+    cuts.key = _mm512_mask_mov_epi32(cuts.key, last, high);
+    cuts.ties = _mm512_mask_sub_epi32(cuts.ties, last, budget, above_high);
+    if (!(open &= ~last)) break;
+    const __m512i middle = between(low, high), above = lanes.above(middle);
+    const __mmask16 found = open & _mm512_cmpeq_epi32_mask(above, budget);
+    cuts.key = _mm512_mask_mov_epi32(cuts.key, found, middle);
+    open &= ~found;
+    const __mmask16 more = open & _mm512_cmpgt_epi32_mask(above, budget), less = open & ~more;
+    low = _mm512_mask_mov_epi32(low, more, middle);
+    high = _mm512_mask_mov_epi32(high, less, middle);
+    above_high = _mm512_mask_mov_epi32(above_high, less, above);
+  }
+  return cuts;
+}
+
+// NaN, whose key is the greatest, where the cut takes nothing.
+void write_least(const Lanes& lanes, const Cuts& cuts, __mmask16 real, float* least) {
+  const __mmask16 ties = _mm512_cmpgt_epi32_mask(cuts.ties, _mm512_setzero_si512());
+  _mm512_mask_storeu_ps(least, real, floats_of(_mm512_mask_mov_epi32(lanes.least_above(cuts.key), ties, cuts.key)));
+}
+
+// Bits of a group where not all equals of a cut belong: the first of each column do.
+void mark_ties(const float* x, const Allowed& may, const Groups& groups, int64_t g, const Cuts* cuts, const Bits& bits) {
+  std::vector<Cuts> left(cuts, cuts + bits.pieces());
+  for (int64_t i = 0; i < groups.n; i++)
+    for (int64_t piece = 0; piece < bits.pieces(); piece++) {
+      const __m512i keys = keys_at(x, may, groups.token(g, i), piece);
+      __m512i& room = left[piece].ties;
+      const __mmask16 equal = _mm512_cmpeq_epi32_mask(keys, cuts[piece].key);
+      const __mmask16 tie = _mm512_mask_cmpgt_epi32_mask(equal, room, _mm512_setzero_si512());
+      room = _mm512_mask_sub_epi32(room, tie, room, _mm512_set1_epi32(1));
+      bits.put(groups.token(g, i), piece, _mm512_cmpgt_epi32_mask(keys, cuts[piece].key) | tie);
+    }
+}
+
+// By the team that calls it. A group where some cut has ties, which is rare, is one thread's work: the first ones count.
+void mark(const float* x, const Allowed& may, const Groups& groups, const Cuts* cuts, const Bits& bits) {
+  for (int64_t g = 0; g < groups.count; g++) {
+    const Cuts* own = cuts + g * bits.pieces();
+    bool ties = false;
+    for (int64_t piece = 0; piece < bits.pieces(); piece++) ties |= own[piece].has_ties();
+    if (ties) {
+#pragma omp single nowait
+      mark_ties(x, may, groups, g, own, bits);
+      continue;
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < groups.n; i++)
+      for (int64_t piece = 0; piece < bits.pieces(); piece++) {
+        const __m512i keys = keys_at(x, may, groups.token(g, i), piece);
+        bits.put(groups.token(g, i), piece, _mm512_cmpgt_epi32_mask(keys, own[piece].key));
+      }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bits of the budgets.of(g, e) greatest allowed entries of each group's columns (all allowed ones if there are fewer),
+// earlier ones of equals first; least (G, E), the least of them, NaN where there is none. `words` and `least` may be
+// null.
+void crossways_column_cuts(const float* x, const uint64_t* allowed, const int64_t* budget, int64_t group_step,
+                           int64_t column_step, int64_t count, int64_t n, int64_t experts, uint64_t* words, float* least,
+                           int64_t threads) {
+  const Groups groups{count, n, n, 1};
+  const Allowed may(allowed, experts);
+  const Budgets budgets{budget, group_step, column_step};
+  const Bits bits(words, experts);
+  const int64_t pieces = (experts + 15) / 16;
+  std::vector<Cuts> cuts(count * bits.pieces(), Cuts{_mm512_setzero_si512(), _mm512_setzero_si512()});
+#pragma omp parallel num_threads(threads)
+  {
+    Lanes lanes;
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < count * pieces; at++) {
+      const int64_t g = at / pieces, piece = at % pieces;
+      alignas(64) int32_t budget_of[16] = {};
+      for (int64_t e = 16 * piece; e < std::min(experts, 16 * piece + 16); e++)
+        budget_of[e % 16] = int32_t(std::clamp<int64_t>(budgets.of(g, e), 0, n + 1));
+      lanes.load(x, may, groups, g, piece);
+      Cuts& found = cuts[g * bits.pieces() + piece] = cuts_of(lanes, _mm512_load_si512(budget_of));
+      if (least) write_least(lanes, found, may.real(piece), least + g * experts + 16 * piece);
+    }
+    if (words) mark(x, may, groups, cuts.data(), bits);
+  }
+}
+}

@@ -1,0 +1,198 @@
+// Sinkhorn's iteration: scales of rows and columns at which every token supplies and every expert demands the same.
+//
+// The exponentials are those of double, rounded to float, and all sums are in double, so that the column scales, rounded
+// to float at the end, are those of the plain path whatever the order of summation.
+//
+// Legend: T tokens, E experts, G groups of N tokens, C chunks of a group's tokens.
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr double TINY = 1e-8;
+// Tokens whose sums are added up on their own: the result is then the same with any number of threads.
+constexpr int64_t CHUNK = 512;
+
+// With `whole`, E is a multiple of 8, and masks that are known cost nothing.
+template <bool whole>
+inline __mmask8 lanes_of_8(int64_t left) {
+  return whole || left >= 8 ? 0xff : __mmask8((1u << left) - 1);
+}
+
+// 2^x, to 2e-14 of it: the polynomial of degree 9 that meets 2^x at the Chebyshev points of [0, 1].
+inline __m512d power_of_2(__m512d x) {
+  const __m512d rest = _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF);  // above the whole number below
+  __m512d sum = _mm512_set1_pd(1.443332993631049e-07);
+  for (const double next :
+       {1.2256971666571848e-06, 1.5368748551205598e-05, 0.0001539514494422027, 0.001333393101106112,
+        0.009618119050163078, 0.05550411021933063, 0.2402265068372975, 0.6931471805636421, 0.9999999999999815})
+    sum = _mm512_fmadd_pd(sum, rest, _mm512_set1_pd(next));
+  return _mm512_scalef_pd(sum, x);
+}
+
+constexpr int ODD = 0x81 | 0x08;  // classes of floats: both kinds of NaN, positive infinity
+
+inline float lowest() { return -std::numeric_limits<float>::max() / 2; }
+
+// Logits that are no number, or infinite, count as the lowest.
+inline __m512 finite(const float* x, __mmask16 real) {
+  const __m512 low = _mm512_set1_ps(lowest());
+  const __m512 row = _mm512_mask_loadu_ps(low, real, x);
+  const __mmask16 odd = _mm512_fpclass_ps_mask(row, ODD);
+  return _mm512_max_ps(_mm512_mask_mov_ps(row, odd, low), low);
+}
+
+inline __mmask16 lanes_of_16(int64_t left) { return left >= 16 ? 0xffff : __mmask16((1u << left) - 1); }
+
+// Powers of one token's logits less the greatest of them, so that they cannot overflow; rows are scaled anyway.
+void exponentials(const float* x, int64_t experts, float* mass) {
+  __m512 most = _mm512_set1_ps(lowest());
+  for (int64_t e = 0; e < experts; e += 16) most = _mm512_max_ps(most, finite(x + e, lanes_of_16(experts - e)));
+  const __m512d log2e = _mm512_set1_pd(M_LOG2E), top = _mm512_set1_pd(M_LOG2E * double(_mm512_reduce_max_ps(most)));
+  for (int64_t e = 0; e < experts; e += 16) {
+    const __mmask16 real = lanes_of_16(experts - e);
+    const __m512 row = finite(x + e, real);
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(row)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(row, 1));
+    const __m256 first = _mm512_cvtpd_ps(power_of_2(_mm512_fmsub_pd(low, log2e, top)));
+    const __m256 last = _mm512_cvtpd_ps(power_of_2(_mm512_fmsub_pd(high, log2e, top)));
+    _mm512_mask_storeu_ps(mass + e, real, _mm512_insertf32x8(_mm512_castps256_ps512(first), last, 1));
+  }
+}
+
+void scale_row(const float* x, const float* scale, int64_t experts, float* mass) {
+  const __m512 infinity = _mm512_set1_ps(std::numeric_limits<float>::infinity());
+  for (int64_t e = 0; e < experts; e += 16) {
+    const __mmask16 real = lanes_of_16(experts - e);
+    const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(real, mass + e), _mm512_maskz_loadu_ps(real, scale + e));
+    const __mmask16 odd = _mm512_fpclass_ps_mask(_mm512_maskz_loadu_ps(real, x + e), ODD);
+    _mm512_mask_storeu_ps(mass + e, real, _mm512_mask_mov_ps(scaled, odd, infinity));
+  }
+}
+
+template <bool whole>
+struct Problem {
+  const float* mass;  // (N, E)
+  int64_t n, experts;
+  double rows;  // how many tokens take part
+
+  __m512d at(int64_t t, int64_t e) const {
+    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes_of_8<whole>(experts - e), mass + t * experts + e));
+  }
+
+  // Adds what `count` tokens, 4 at most, give to the columns when their rows are scaled for these column scales.
+  template <int count>
+  void add(int64_t t, const double* scale, double* sums) const {
+    __m512d dot[count], row[count];
+    std::fill_n(dot, count, _mm512_setzero_pd());
+    for (int64_t e = 0; e < experts; e += 8)
+      for (int i = 0; i < count; i++) dot[i] = _mm512_fmadd_pd(at(t + i, e), _mm512_loadu_pd(scale + e), dot[i]);
+    for (int i = 0; i < count; i++) row[i] = _mm512_set1_pd(1 / (rows * (_mm512_reduce_add_pd(dot[i]) + TINY)));
+    for (int64_t e = 0; e < experts; e += 8) {
+      __m512d sum = _mm512_loadu_pd(sums + e);
+      for (int i = 0; i < count; i++) sum = _mm512_fmadd_pd(at(t + i, e), row[i], sum);
+      _mm512_storeu_pd(sums + e, sum);
+    }
+  }
+
+  void add_chunk(int64_t chunk, const double* scale, double* sums) const {
+    int64_t t = chunk * CHUNK;
+    const int64_t end = std::min(n, t + CHUNK);
+    for (; t + 4 <= end; t += 4) add<4>(t, scale, sums);
+    for (; t < end; t++) add<1>(t, scale, sums);
+  }
+
+  // Every chunk's sums (C, wide).
+  void add_all(const double* scale, double* sums, int64_t wide, int64_t threads) const {
+    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+    if (threads == 1) {
+      for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, scale, sums + chunk * wide);
+      return;
+    }
+#pragma omp parallel for num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, scale, sums + chunk * wide);
+  }
+};
+
+// The columns' scales, (E in whole vectors).
+template <bool whole>
+std::vector<double> column_scales(const Problem<whole>& problem, int64_t most, double tolerance, int64_t threads) {
+  const int64_t experts = problem.experts, wide = (experts + 7) / 8 * 8, chunks = (problem.n + CHUNK - 1) / CHUNK;
+  std::vector<double> scale(wide, 1.0), sums(chunks * wide);
+  for (int64_t round = 0; round < most; round++) {
+    std::fill(sums.begin(), sums.end(), 0);
+    problem.add_all(scale.data(), sums.data(), wide, threads);
+    double change = 0;
+    for (int64_t e = 0; e < experts; e++) {
+      double sum = 0;
+      for (int64_t chunk = 0; chunk < chunks; chunk++) sum += sums[chunk * wide + e];
+      const double fresh = 1 / (double(experts) * (sum + TINY));
+      change += std::abs(fresh - scale[e]);
+      scale[e] = fresh;
+    }
+    if (change / double(experts) < tolerance) break;
+  }
+  return scale;
+}
+
+// One group, by so many threads.
+struct Group {
+  const float* x;
+  const uint8_t* valid;  // (N), or null
+  int64_t n, experts;
+  float* mass;
+  int64_t threads;
+
+  // Calls `each(t)` for every token.
+  template <class Each>
+  void for_tokens(Each each) const {
+    if (threads == 1) {
+      for (int64_t t = 0; t < n; t++) each(t);
+      return;
+    }
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < n; t++) each(t);
+  }
+
+  void balance(int64_t most, double tolerance) const {
+    for_tokens([&](int64_t t) {
+      if (!valid || valid[t])
+        exponentials(x + t * experts, experts, mass + t * experts);
+      else
+        std::fill_n(mass + t * experts, experts, 0.0f);
+    });
+    const int64_t rows = valid ? n - std::count(valid, valid + n, 0) : n;
+    const double counted = double(std::max<int64_t>(rows, 1));
+    const std::vector<double> scale =
+        experts % 8 ? column_scales(Problem<false>{mass, n, experts, counted}, most, tolerance, threads)
+                    : column_scales(Problem<true>{mass, n, experts, counted}, most, tolerance, threads);
+    const std::vector<float> rounded(scale.begin(), scale.end());
+    for_tokens([&](int64_t t) { scale_row(x + t * experts, rounded.data(), experts, mass + t * experts); });
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// balanced = a group's exponentials times its column scales, infinite where a logit is no number or positive infinity.
+// valid (G, N) says which tokens take part; null for all.
+void crossways_sinkhorn(const float* logits, const uint8_t* valid, int64_t groups, int64_t n, int64_t experts,
+                        int64_t most, double tolerance, float* balanced, int64_t threads) {
+  auto group = [=](int64_t g, int64_t by) {
+    const int64_t at = g * n * experts;
+    return Group{logits + at, valid ? valid + g * n : nullptr, n, experts, balanced + at, by};
+  };
+  if (groups < threads) {
+    for (int64_t g = 0; g < groups; g++) group(g, threads).balance(most, tolerance);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t g = 0; g < groups; g++) group(g, 1).balance(most, tolerance);
+}
+}

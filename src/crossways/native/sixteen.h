@@ -1,0 +1,127 @@
+// Sixteen tokens at a time, one a lane: their greatest experts by insertion, without a branch.
+//
+// Legend: E experts, K experts per token.
+#pragma once
+#include <vector>
+
+#include "bits.h"
+
+// 16 rows of 16 numbers, with rows and columns exchanged.
+inline void turn(__m512i* row) {
+  __m512i two[16], four[16];
+  for (int i = 0; i < 16; i += 2) {
+    two[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    two[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      four[i + 2 * j] = _mm512_unpacklo_epi64(two[i + j], two[i + j + 2]);
+      four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + j + 2]);
+    }
+  for (int c = 0; c < 4; c++) {
+    const __m512i even = _mm512_shuffle_i32x4(four[c], four[4 + c], 0x88);
+    const __m512i odd = _mm512_shuffle_i32x4(four[c], four[4 + c], 0xdd);
+    const __m512i last_even = _mm512_shuffle_i32x4(four[8 + c], four[12 + c], 0x88);
+    const __m512i last_odd = _mm512_shuffle_i32x4(four[8 + c], four[12 + c], 0xdd);
+    row[c] = _mm512_shuffle_i32x4(even, last_even, 0x88);
+    row[4 + c] = _mm512_shuffle_i32x4(odd, last_odd, 0x88);
+    row[8 + c] = _mm512_shuffle_i32x4(even, last_even, 0xdd);
+    row[12 + c] = _mm512_shuffle_i32x4(odd, last_odd, 0xdd);
+  }
+}
+
+// What is not allowed comes just above what does not exist, so that it is still somebody's last choice.
+constexpr int32_t CLOSED = NOBODY + 1;
+
+struct Sixteen {
+  int64_t experts;
+  std::vector<__m512i> keys;         // (E in whole sixteens): of each expert, a token a lane
+  std::vector<__m512i> best, index;  // the greatest keys in descending order, and whose they are
+  std::vector<__mmask16> taken;      // which of these are chosen
+
+  Sixteen(int64_t experts_, int64_t k)
+      : experts(experts_), keys((experts_ + 15) / 16 * 16), best(k + 16), index(k + 16), taken(k) {}
+
+  // Tokens from `first` on; there are `count` of them, 16 at most.
+  void load(const float* x, const Allowed& may, int64_t first, int64_t count) {
+    for (int64_t piece = 0; 16 * piece < experts; piece++) {
+      const __mmask16 real = may.real(piece);
+      __m512i* row = &keys[16 * piece];
+      for (int64_t i = 0; i < 16; i++) {
+        row[i] = _mm512_set1_epi32(CLOSED);
+        if (i >= count) continue;
+        const __m512i key = keys_of(_mm512_maskz_loadu_ps(real, x + (first + i) * experts + 16 * piece));
+        row[i] = _mm512_mask_mov_epi32(row[i], may.open(first + i, piece), key);
+      }
+      turn(row);
+    }
+  }
+
+  // The k greatest, of equals the earlier ones first.
+  void rank(const __m512i* from, int64_t among, int64_t k) {
+    if (k <= 1) return insert<1>(from, among);
+    if (k <= 2) return insert<2>(from, among);
+    if (k <= 4) return insert<4>(from, among);
+    if (k <= 8) return insert<8>(from, among);
+    if (k <= 16) return insert<16>(from, among);
+    begin(k);
+    for (int64_t e = 0; e < among; e++) push(from[e], e, k, best.data(), index.data());
+  }
+
+  void rank(int64_t k) { rank(keys.data(), experts, k); }
+
+  // Lanes whose j-th choice may be chosen.
+  __mmask16 open(int64_t j) const { return _mm512_cmpgt_epi32_mask(best[j], _mm512_set1_epi32(CLOSED)); }
+
+ private:
+  void begin(int64_t k) {
+    std::fill_n(best.begin(), k, _mm512_set1_epi32(NOBODY));
+    std::fill_n(index.begin(), k, _mm512_setzero_si512());
+  }
+
+  // Into lists in descending order, below its equals; what comes last is lost.
+  static void push(__m512i key, int64_t e, int64_t k, __m512i* best, __m512i* index) {
+    const __m512i who = _mm512_set1_epi32(int32_t(e));
+    __mmask16 above = _mm512_cmpgt_epi32_mask(key, best[k - 1]);
+#pragma GCC unroll 16
+    for (int64_t j = k - 1; j > 0; j--) {
+      const __mmask16 further = _mm512_cmpgt_epi32_mask(key, best[j - 1]);
+      best[j] = _mm512_mask_mov_epi32(best[j], above, _mm512_mask_mov_epi32(key, further, best[j - 1]));
+      index[j] = _mm512_mask_mov_epi32(index[j], above, _mm512_mask_mov_epi32(who, further, index[j - 1]));
+      above = further;
+    }
+    best[0] = _mm512_mask_mov_epi32(best[0], above, key);
+    index[0] = _mm512_mask_mov_epi32(index[0], above, who);
+  }
+
+  // The same with K known, so that the list stays in registers.
+  template <int K>
+  void insert(const __m512i* from, int64_t among) {
+    __m512i key[K], who[K];
+    std::fill_n(key, K, _mm512_set1_epi32(NOBODY));
+    std::fill_n(who, K, _mm512_setzero_si512());
+    for (int64_t e = 0; e < among; e++) push(from[e], e, K, key, who);
+    std::copy_n(key, K, best.begin());
+    std::copy_n(who, K, index.begin());
+  }
+};
+
+// The first `count` tokens' words: who of their k best is taken.
+inline void put_taken(const Bits& bits, int64_t first, int64_t count, const Sixteen& from, int64_t k) {
+  const __m512i one = _mm512_set1_epi64(1);
+  for (int64_t w = 0; w < bits.width; w++) {
+    __m512i half[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int64_t j = 0; j < k; j++) {
+      const __m512i here = _mm512_sub_epi32(from.index[j], _mm512_set1_epi32(int32_t(64 * w)));
+      // A shift by less than 0, which as unsigned is much, or by 64 or more leaves nothing: it is another word's.
+      const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(here));
+      const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(here, 1));
+      half[0] = _mm512_or_si512(half[0], _mm512_maskz_sllv_epi64(__mmask8(from.taken[j]), one, low));
+      half[1] = _mm512_or_si512(half[1], _mm512_maskz_sllv_epi64(__mmask8(from.taken[j] >> 8), one, high));
+    }
+    alignas(64) uint64_t words[16];
+    _mm512_store_si512(words, half[0]);
+    _mm512_store_si512(words + 8, half[1]);
+    for (int64_t i = 0; i < count; i++) bits.of(first + i)[w] = words[i];
+  }
+}

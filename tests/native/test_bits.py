@@ -1,0 +1,177 @@
+"""Whole rules in C++ against their plain PyTorch path, on what is easily forgotten.
+
+Legend: B batch, S sequence, E experts, T tokens.
+"""
+
+import pytest
+import torch
+
+from crossways.native import bits, routing, why_not_native
+from crossways.rules.select import (
+    Base,
+    Capacity,
+    ExpertChoice,
+    GroupLimited,
+    Positive,
+    Sinkhorn,
+    Threshold,
+    TopC,
+    TopK,
+    TopP,
+)
+
+pytestmark = pytest.mark.skipif(why_not_native() is not None, reason=str(why_not_native()))
+
+SHARED = [TopC(k=1.3), TopC(k=1.3, group="batch"), TopC(k=1.3, group="position")]
+COLUMNS = [ExpertChoice(k=1), ExpertChoice(k=1, group="batch")]
+TIED = [*SHARED, *COLUMNS, Positive(), Threshold(value=0.2), Threshold(value=torch.tensor([0.2]))]
+OTHERS = [
+    TopK(k=1),
+    TopP(p=0.6, cap=1),
+    TopP(p=0.9),
+    Capacity(k=1, factor=0.6),
+    Capacity(k=1, factor=0.6, order="token", group="batch"),
+    Capacity(k=1, factor=0.6, order="score"),
+    Capacity(k=1, factor=0.6, order="weight", normalize=True),
+    Sinkhorn(k=1),
+    Sinkhorn(k=1, group="batch"),
+]
+
+
+def scores_like(shape, kind):
+    """Scores (B, S, E) of a kind, in memory that is not in order where it is `turned`."""
+    scores_BSE = torch.randn(shape).softmax(-1)
+    if kind == "ties":
+        scores_BSE = (4 * scores_BSE).round() / 4
+    if kind == "broken":
+        scores_BSE[torch.rand(shape) < 0.05] = torch.nan
+        scores_BSE[0, 0] = torch.nan
+    if kind == "turned":
+        scores_BSE = scores_BSE.transpose(0, 2).contiguous().transpose(0, 2)
+    return scores_BSE
+
+
+def made(rule, scores_BSE, allowed_BSE):
+    """Pairs, weights and gradient."""
+    leaf_BSE = scores_BSE.clone(memory_format=torch.preserve_format).requires_grad_()
+    found = rule(scores_BSE, leaf_BSE, allowed_BSE)
+    (grad_BSE,) = torch.autograd.grad(found.weight_P.square().sum(), leaf_BSE)
+    return found.token_P, found.expert_P, found.offsets_E1, found.weight_P.detach(), grad_BSE
+
+
+def native_and_plain(monkeypatch, run):
+    """What `run` gives with the C++ parts, and without; fails if they are not used."""
+    monkeypatch.setattr(routing, "_SMALL", 0)
+    assert routing.fits(torch.zeros(1))
+    native = run()
+    for name in ("fits", "ready", "solves"):
+        monkeypatch.setattr(routing, name, lambda *_: False)
+    return native, run()
+
+
+def assert_same(ours, theirs):
+    """Bit for bit, NaN where the other has it."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+
+
+SHAPES = [(1, 1, 1), (3, 7, 1), (1, 1, 5), (2, 33, 5), (3, 21, 64), (2, 19, 100), (1, 40, 130)]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("kind", ["plain", "ties", "broken", "turned"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rule", TIED + OTHERS, ids=str)
+def test_every_rule_in_every_shape(monkeypatch, rule, shape, kind, masked):
+    if kind in ("ties", "broken") and rule in OTHERS:
+        pytest.skip("PyTorch does not say which of equals it takes")
+    torch.manual_seed(sum(shape))
+    scores_BSE = scores_like(shape, kind)
+    allowed_BSE = torch.rand(shape) < 0.6 if masked else None
+    if masked:
+        allowed_BSE[0, 0] = False
+    assert_same(*native_and_plain(monkeypatch, lambda: made(rule, scores_BSE, allowed_BSE)))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 9, 16, 17, 64])
+def test_any_number_of_experts_a_token(monkeypatch, k):
+    torch.manual_seed(k)
+    scores_BSE = scores_like((2, 37, 64), "plain")
+    for rule in (TopK(k=k), TopP(p=0.7, cap=k), Capacity(k=k, factor=0.5), Sinkhorn(k=k)):
+        with monkeypatch.context() as patch:
+            assert_same(*native_and_plain(patch, lambda rule=rule: made(rule, scores_BSE, None)))
+
+
+@pytest.mark.parametrize("group_score", ["top2", "max", "top"])
+@pytest.mark.parametrize(("experts", "groups", "kept"), [(64, 8, 4), (12, 3, 1), (130, 10, 10), (6, 3, 2)])
+def test_groups_of_experts(monkeypatch, group_score, experts, groups, kept):
+    torch.manual_seed(experts)
+    rule = GroupLimited(k=2, n_group=groups, topk_group=kept, group_score=group_score)
+    scores_BSE, allowed_BSE = scores_like((2, 33, experts), "plain"), torch.rand(2, 33, experts) < 0.5
+    assert_same(*native_and_plain(monkeypatch, lambda: made(rule, scores_BSE, allowed_BSE)))
+
+
+def test_a_share_is_summed_over_scores_that_another_order_ranks(monkeypatch):
+    choice_BSE, scores_BSE = torch.rand(2, 50, 20), torch.randn(2, 50, 20)  # sums that fall again
+    scores_BSE[0, 3, 4] = torch.nan
+
+    def run():
+        found = TopP(p=0.8, cap=9)(choice_BSE, scores_BSE)
+        return found.token_P, found.expert_P, found.weight_P
+
+    assert_same(*native_and_plain(monkeypatch, run))
+
+
+def test_who_asks_with_a_nan_is_served_by_score_too(monkeypatch):
+    scores_BSE = torch.rand(1, 30, 4)
+    scores_BSE[0, ::3, 2] = torch.nan
+    rule = Capacity(k=1, factor=0.2, order="score")
+    native, plain = native_and_plain(monkeypatch, lambda: made(rule, scores_BSE, None))
+    assert native[3].isnan().sum() == 10
+    assert_same(native, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 600, 5), (3, 40, 16), (1, 1100, 70)], ids=str)
+def test_sinkhorn_is_the_same_bit_for_bit(monkeypatch, shape, dtype):
+    torch.manual_seed(0)
+    logits_GNE, valid_GN = (3 * torch.randn(shape)).to(dtype), torch.rand(shape[:2]) < 0.8
+    logits_GNE[torch.rand(shape) < 0.02] = torch.nan
+    logits_GNE[torch.rand(shape) < 0.02] = torch.inf
+    logits_GNE[torch.rand(shape) < 0.02] = -torch.inf
+    native, plain = native_and_plain(monkeypatch, lambda: Sinkhorn().balance(logits_GNE, valid_GN))
+    assert torch.equal(native, plain)
+    assert native.isinf().any() or shape[1] == 1
+
+
+@pytest.mark.parametrize("rule", [*TIED, *OTHERS, Base(), Base(group="batch")], ids=str)
+def test_any_number_of_threads(monkeypatch, rule):
+    monkeypatch.setattr(routing, "_SMALL", 0)
+    scores_BSE, before, found = scores_like((2, 700, 20), "ties"), torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            found.append(made(rule, scores_BSE, None))
+        finally:
+            torch.set_num_threads(before)
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+
+
+@pytest.mark.parametrize("experts", [1, 63, 64, 65, 200])
+def test_masks_and_back(experts):
+    mask_TE = torch.rand(50, experts) < 0.3
+    assert torch.equal(bits.of_mask(mask_TE).mask(), mask_TE)
+
+
+def test_base_fills_what_does_not_divide_and_refuses_what_is_not_finite(monkeypatch):
+    monkeypatch.setattr(routing, "_SMALL", 0)
+    gain_NE = torch.randn(1000, 7) + 9 * torch.rand(7)
+    starts_G1 = torch.tensor([0, 1, 1, 1000])
+    chosen_N = routing.balanced(gain_NE, starts_G1)
+    assert chosen_N[0] == gain_NE[0].argmax()
+    assert chosen_N[1:].bincount(minlength=7).max() <= 143
+    assert torch.equal(chosen_N, routing.balanced(gain_NE.double(), starts_G1))
+    gain_NE[5, 2] = -torch.inf
+    assert routing.balanced(gain_NE, starts_G1) is None
