@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 PRETRAINED := $(VENV)/.pretrained
 
-.PHONY: install quickstart test test-slow test-pretrained pretrained smollm2-moe tune-smollm2 lint bench docs clean
+.PHONY: install quickstart test test-slow test-pretrained pretrained smollm2-moe tune-smollm2 lint bench bench-reroute docs clean
 
 install: $(STAMP)
 
@@ -55,11 +55,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One table; finished rows are kept in runs/bench. Fewer cases: make bench BENCH=--quick
+# One table, in about 20 minutes; finished rows are kept in runs/bench. Fewer cases: make bench BENCH=--quick
 BENCH ?=
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+# Rerouted models beside the original ones: a table of its own.
+bench-reroute: $(STAMP)
 	$(BIN)/python benchmarks/reroute.py
 
 docs: $(STAMP)

@@ -23,7 +23,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from crossways.experts import why_not
 from crossways.experts.peers import PREFIX
-from problems import TOLERANCE, Contender, Problem, crossways_contender
+from problems import Contender, Problem, crossways_contender
 
 DENSE = "dense"
 OURS = {"cpu": ("fused", "loop", "grouped_mm"), "cuda": ("triton", "grouped_mm")}
@@ -33,6 +33,8 @@ PEERS = {
 }
 BATCHED_LIMIT = 2**28
 """`batched_mm` copies an expert's matrices for every pair; it is left out where that takes more bytes than this."""
+EAGER_LIMIT = 2**33
+"""Each of `eager`'s experts fills a gradient as large as all matrices; no backward where that is more bytes."""
 
 
 class AbsentError(RuntimeError):
@@ -48,7 +50,7 @@ def dense(problem: Problem) -> Contender:
         gate, value = functional.linear(x_TD, up).chunk(2, -1)
         return functional.linear(functional.silu(gate) * value, down)
 
-    return Contender(run, [x_TD, up, down], shared=0)
+    return Contender(run, [x_TD, up, down])
 
 
 def ours(problem: Problem, backend: str) -> Contender:
@@ -73,10 +75,13 @@ def of_transformers(problem: Problem, name: str) -> Contender:
     x_TD, weight_TK, up_EHD, _ = problem.leaves
     copied = weight_TK.numel() * up_EHD[0].numel() * problem.dtype.itemsize
     if short == "batched_mm" and copied > BATCHED_LIMIT:
-        raise AbsentError(f"it would copy {copied / 2**20:.0f} MiB of matrices")
+        raise AbsentError(f"it would copy more than {BATCHED_LIMIT / 2**20:.0f} MiB of matrices")
     module = _olmoe_experts(problem)
     run = OlmoeExperts.forward.__wrapped__ if short == "eager" else ALL_EXPERTS_FUNCTIONS[short]
-    return Contender(lambda: run(module, x_TD, problem.index_TK, weight_TK), problem.leaves)
+    filled = problem.case.experts**2 * problem.case.expert_bytes(problem.dtype.itemsize)
+    dear = short == "eager" and filled > EAGER_LIMIT
+    why = f"its gradients of slices fill more than {EAGER_LIMIT / 2**30:.0f} GiB" if dear else ""
+    return Contender(lambda: run(module, x_TD, problem.index_TK, weight_TK), problem.leaves, forward_only=why)
 
 
 def _olmoe_experts(problem: Problem) -> OlmoeExperts:
@@ -175,27 +180,3 @@ def make(problem: Problem, name: str) -> Contender:
     if name in _PACKAGES:
         return _PACKAGES[name](problem)
     return of_transformers(problem, name) if name.startswith(PREFIX) else ours(problem, name)
-
-
-def right(problem: Problem, names: tuple[str, ...]) -> tuple[dict[str, Contender], dict[str, float], dict[str, str]]:
-    """Make the contenders and hold each to `naive`.
-
-    Returns:
-        Those that are right, `dense` first; their errors; and why the others are left out.
-    """
-    taking_part, errors = {DENSE: dense(problem)}, {}
-    left_out: dict[str, str] = {}
-    for name in names:
-        try:
-            contender = make(problem, name)
-            error, where = problem.error(contender)
-        except AbsentError as absent:
-            left_out[name] = str(absent)
-        except Exception as failure:  # of a peer or of ours: the table says so and goes on
-            left_out[name] = f"FAILED with {type(failure).__name__}: {(str(failure) or '?').splitlines()[0]}"
-        else:
-            if error <= TOLERANCE[problem.dtype]:
-                taking_part[name], errors[name] = contender, error
-            else:
-                left_out[name] = f"WRONG: {where} differs from naive by {error:.1e}"
-    return taking_part, errors, left_out

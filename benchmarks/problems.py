@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.experts import Activation, compute_experts
+from crossways.experts.naive import naive
 
 LOADS = ("even", "hot", "empty")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -37,10 +38,23 @@ class Case:
         shape = f"{self.width}/{self.expert_width}/{self.experts}/{self.k}/{self.tokens}"
         return shape if self.load == "even" else f"{shape} {self.load}"
 
-    @property
-    def flops(self) -> float:
-        """Multiplications and additions of one forward pass."""
-        return 6.0 * self.tokens * self.k * self.width * self.expert_width
+    def flops(self, backward: bool = False) -> float:
+        """Multiplications and additions of a forward pass: three matrices for each pair; with the backward pass,
+        which needs gradients of the pair's vectors and of the matrices, three times as many."""
+        return (6.0, 18.0)[backward] * self.tokens * self.k * self.width * self.expert_width
+
+    def expert_bytes(self, itemsize: int) -> int:
+        """Of the matrices of one expert."""
+        return 3 * self.width * self.expert_width * itemsize
+
+    def least_bytes(self, experts: int, itemsize: int, backward: bool = False) -> int:
+        """What must pass between memory and processor at least, if nothing waits in a cache.
+
+        Forward: the matrices of the `experts` that have a token once, x and y. Forward+backward: those matrices twice
+        and their gradients once, x, y and their gradients.
+        """
+        rows = (2, 4)[backward] * self.tokens * self.width * itemsize
+        return (1, 3)[backward] * experts * self.expert_bytes(itemsize) + rows
 
 
 def case_of(shape: str, tokens: int, load: str = "even") -> Case:
@@ -66,8 +80,9 @@ class Contender:
     leaves: list[Tensor]
     """What it is differentiated by: inputs and routing weights, which all share, then matrices."""
     shared: int = 4
-    """How many of the leaves, from the first, must have naive's gradients: 4, or 2 for who has matrices of its own;
-    none, nor the output, for the dense network, which has 0."""
+    """How many of the leaves, from the first, must have naive's gradients; 2 for who has matrices of its own."""
+    forward_only: str = ""
+    """Why it takes no part in passes with backward; empty if it does."""
 
 
 @dataclass
@@ -86,53 +101,78 @@ class Problem:
 
     @property
     def touched(self) -> int:
-        """Bytes of the matrices of all experts that have a token."""
-        _, _, up_EHD, down_EDF = self.leaves
-        return len(self.index_TK.unique()) * (up_EHD[0].numel() + down_EDF[0].numel()) * self.dtype.itemsize
+        """How many experts have a token."""
+        return len(self.index_TK.unique())
 
-    def step(self, contender: Contender, backward: bool) -> None:
-        """One pass; gradients are allocated anew, as in every training step."""
-        if backward:
-            torch.autograd.grad(contender.run(), contender.leaves, self.grad_TD)
-        else:
+    def results(self, contender: Contender, backward: bool) -> list[Tensor]:
+        """One pass: the output, and gradients if asked for, which are allocated anew as in every training step."""
+        if not backward:
             with torch.no_grad():
-                contender.run()
-
-    def results(self, contender: Contender) -> list[Tensor]:
-        """Output and gradients."""
+                return [contender.run()]
         y_TD = contender.run()
         return [y_TD.detach(), *torch.autograd.grad(y_TD, contender.leaves, self.grad_TD.to(y_TD.dtype))]
 
-    def expected(self) -> list[Tensor]:
-        """Output and gradients by `naive` in float32; computed once."""
-        if not self.reference:
-            wide = [leaf.detach().float().requires_grad_() for leaf in self.leaves]
-            self.reference = self.results(crossways_contender(self, "naive", wide))
+    def step(self, contender: Contender, backward: bool) -> None:
+        """One pass whose results nobody looks at."""
+        self.results(contender, backward)
+
+    def expected(self, backward: bool) -> list[Tensor]:
+        """Output, and gradients if asked for, by `naive` in float32; kept until `reference` is cleared."""
+        if len(self.reference) < 1 + 4 * backward:
+            self.reference[:] = self.results(_reference(self), backward)
+            if backward:
+                # One leaf for each expert: the gradient of a slice is as large as what it was cut from.
+                y_TD, grad_x_TD, grad_weight_TK, *grads = self.reference
+                ups, downs = grads[: self.case.experts], grads[self.case.experts :]
+                self.reference[:] = [y_TD, grad_x_TD, grad_weight_TK, torch.stack(ups), torch.stack(downs)]
         return self.reference
 
-    def error(self, contender: Contender) -> tuple[float, str]:
-        """The greatest relative root-mean-square error among output and shared gradients, and of which."""
-        computed = self.results(contender)[: contender.shared + 1]
-        pairs = zip(NAMES, computed, self.expected(), strict=False)
+    def error(self, contender: Contender, results: list[Tensor]) -> tuple[float, str]:
+        """The greatest relative root-mean-square error of what `results` returned, and in which tensor.
+
+        The output and the gradients of what all contenders share are looked at, every element of them.
+        """
+        backward = len(results) > 1
+        pairs = zip(NAMES, results[: 1 + contender.shared], self.expected(backward), strict=False)
         errors = [(_difference(one, other), name) for name, one, other in pairs]
-        return max(errors, key=lambda pair: (not pair[0] <= torch.inf, pair[0]))  # NaN is worst
+        return max(errors, key=badness)
+
+
+def badness(error: tuple[float, str]) -> tuple[bool, float]:
+    """To compare errors by: NaN is worst."""
+    return not error[0] <= torch.inf, error[0]
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
-    scale = expected.norm().item()
-    error = (actual.float() - expected).norm().item()
+    """Row by row of the first dimension where that is experts, so that no copy of all matrices is made."""
+    pairs = zip(actual, expected, strict=True) if expected.ndim == 3 else [(actual, expected)]
+    squares = [((one.float() - other).square().sum(), other.square().sum()) for one, other in pairs]
+    error, scale = (torch.stack(parts).double().sum().sqrt().item() for parts in zip(*squares, strict=True))
     return error / scale if scale else error
 
 
-def crossways_contender(problem: Problem, backend: str, leaves: list[Tensor] | None = None) -> Contender:
+def _reference(problem: Problem) -> Contender:
+    """`naive` in float32, differentiated by each expert's matrices as leaves of their own."""
+    x_TD, weight_TK, up_EHD, down_EDF = (leaf.detach().float() for leaf in problem.leaves)
+    inputs = [x_TD.requires_grad_(), weight_TK.requires_grad_()]
+    ups, downs = ([one.requires_grad_() for one in matrices.unbind()] for matrices in (up_EHD, down_EDF))
+
+    def run() -> Tensor:
+        assignment = Assignment.from_topk(problem.index_TK, weight_TK, problem.case.experts)
+        return naive(x_TD, assignment, ups, downs, Activation("swiglu"))  # type: ignore[arg-type]
+
+    return Contender(run, [*inputs, *ups, *downs])
+
+
+def crossways_contender(problem: Problem, backend: str) -> Contender:
     """One of the backends of `compute_experts`; making the assignment from top-k indices is part of it."""
-    x_TD, weight_TK, up_EHD, down_EDF = leaves = leaves or problem.leaves
+    x_TD, weight_TK, up_EHD, down_EDF = problem.leaves
 
     def run() -> Tensor:
         assignment = Assignment.from_topk(problem.index_TK, weight_TK, problem.case.experts)
         return compute_experts(x_TD, assignment, up_EHD, down_EDF, Activation("swiglu"), backend)
 
-    return Contender(run, leaves)
+    return Contender(run, problem.leaves)
 
 
 def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:

@@ -28,7 +28,8 @@ from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, Qwen2MoeCo
 import crossways
 from crossways.calibrate import calibrate
 from crossways.surgery.handle import handle_of
-from measure import head, in_turn, line, ratio
+from measure import in_turn, ratio
+from table import line
 
 VOCABULARY, LAYERS, PROMPT, STEPS = 2048, 4, 16, 16
 BUDGETS = (1.0, 0.85, 0.7, 0.5)
@@ -190,7 +191,9 @@ def main() -> None:
     crossways.register_experts()
     columns = ["model", "task", "rule", "experts per token", "time / original", "time / original with our experts"]
     for dtype in arguments.dtype:
-        head(f"{dtype}, {torch.get_num_threads()} threads", columns)
+        print(f"\n{dtype}, {torch.get_num_threads()} threads\n")
+        line(columns)
+        line(["---"] * len(columns))
         for name in arguments.model:
             compare(name, getattr(torch, dtype), arguments.seconds)
 

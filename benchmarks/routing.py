@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from unittest import mock
@@ -93,17 +94,17 @@ def wrong(rule: Selection, choice_BSE: Tensor, scores_BSE: Tensor) -> str:
     return ", ".join(name for name, fast, slow in pairs if fast.shape != slow.shape or not torch.equal(fast, slow))
 
 
-def share(name: str, rule: Selection, case: Case, dtype: str, device: str, seconds: float) -> list[Row]:
-    """Two rows, forward and forward+backward."""
+def share(name: str, rule: Selection, case: Case, dtypes: Sequence[str], device: str, seconds: float) -> list[Row]:
+    """A row for each pass and dtype of the experts; the rule, whose scores are float32 in any case, is timed once."""
     choice_BSE, scores_BSE = scores_for(rule, case, device)
-    mine = resolve_backend("auto", device, getattr(torch, dtype))
     label = f"{name}: {case}"
     if not isinstance(rule, Base) and (difference := wrong(rule, choice_BSE, scores_BSE)):
         notes = {name: f"WRONG: its fast and its plain path differ in {difference}"}
-        return [Row("routing", label, dtype, {}, notes)]
+        return [Row("routing", label, "any", {}, notes)]
     leaf_BSE = scores_BSE.clone().requires_grad_()
     assignment = rule(choice_BSE, scores_BSE)
-    forward, backward = _experts(assignment, case, dtype, device)
+    pairs = int(assignment.offsets_E1[-1]) / assignment.num_tokens
+    experts = {dtype: _experts(assignment, case, dtype, device) for dtype in dtypes}
 
     def train() -> None:
         made = rule(choice_BSE, leaf_BSE)
@@ -111,15 +112,14 @@ def share(name: str, rule: Selection, case: Case, dtype: str, device: str, secon
         torch.autograd.grad(made.weight_P, leaf_BSE, torch.ones_like(made.weight_P))
 
     rows = []
-    for what, decide, compute in (
-        ("routing forward", lambda: rule(choice_BSE, scores_BSE), forward),
-        ("routing forward+backward", train, backward),
-    ):
-        times = in_turn({"experts": compute, "rule": decide}, seconds / 2, least=5, clock=clock_of(device))
-        spent = sorted(times["experts"])[len(times["experts"]) // 2]
-        pairs = int(assignment.offsets_E1[-1]) / assignment.num_tokens
-        cells = {"bound": f"{1e3 * spent:.1f} ms of experts, {pairs:.1f} a token"}
-        rows.append(Row(what, label, dtype, cells | {mine: ratio(times["rule"], times["experts"])}))
+    decisions = (("routing forward", lambda: rule(choice_BSE, scores_BSE)), ("routing forward+backward", train))
+    for backward, (what, decide) in enumerate(decisions):
+        runs = {dtype: passes[backward] for dtype, passes in experts.items()} | {"rule": decide}
+        times = in_turn(runs, seconds / 2, least=5, warm=1, slow=float("inf"), clock=clock_of(device))
+        for dtype in dtypes:
+            mine = resolve_backend("auto", device, getattr(torch, dtype))
+            cells = {"bound": f"{1e3 * statistics.median(times[dtype]):.1f} ms of experts, {pairs:.1f} a token"}
+            rows.append(Row(what, label, dtype, cells | {mine: ratio(times["rule"], times[dtype])}))
     return rows
 
 
@@ -154,24 +154,26 @@ def growth(cases: Sequence[Case], name: str, device: str, seconds: float) -> lis
     runs = {}
     for case in cases:
         choice_BSE, scores_BSE = scores_for(rule, case, device)
+        if difference := wrong(rule, choice_BSE, scores_BSE):
+            notes = {name: f"WRONG: its fast and its plain path differ in {difference}"}
+            return [Row("growth per token", f"{name}: {case}", "float32", {}, notes)]
         runs[str(case.tokens)] = lambda c=choice_BSE, s=scores_BSE: rule(c, s)
     mine = resolve_backend("auto", device, torch.float32)
-    times = in_turn(runs, seconds, least=7, slow=float("inf"), clock=clock_of(device))
+    times = in_turn(runs, seconds, least=7, warm=1, slow=float("inf"), clock=clock_of(device))
     rows = []
     for before, after in itertools.pairwise(cases):
         scaled = [one * before.tokens / after.tokens for one in times[str(after.tokens)]]
-        spent = sorted(times[str(after.tokens)])[len(times[str(after.tokens)]) // 2]
-        cells = {"bound": f"{1e3 * spent:.2f} ms", mine: ratio(scaled, times[str(before.tokens)])}
+        cells = {"bound": f"{1e3 * statistics.median(times[str(after.tokens)]):.2f} ms"}
+        cells[mine] = ratio(scaled, times[str(before.tokens)])
         rows.append(Row("growth per token", f"{name}: {after} / {before.tokens}", "float32", cells))
     return rows
 
 
 def jobs(case: Case, dtypes: Sequence[str], device: str, seconds: float) -> Iterator[Job]:
-    """One for each rule and dtype."""
+    """One for each rule."""
     for name, rule in rules(case.k, case.experts).items():
-        for dtype in dtypes:
-            run = partial(share, name, rule, case, dtype, device, seconds)
-            yield Job("routing", f"{name}: {case}", dtype, run)
+        run = partial(share, name, rule, case, dtypes, device, seconds)
+        yield Job("routing", f"{name}: {case}", ", ".join(dtypes), run)
 
 
 def growth_jobs(cases: Sequence[Case], device: str, seconds: float) -> Iterator[Job]:

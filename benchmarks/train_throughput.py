@@ -2,10 +2,10 @@
 
 Both models have the same layers, width, heads, experts, experts per token, expert width and vocabulary, no shared
 expert, softmax scores that are not renormalised, SDPA attention and a load-balance loss. A step is forward, loss,
-backward and AdamW. OLMoE is measured with each of its expert implementations and keeps its fastest; then the two
-models take turns, step by step. A cell is our tokens per second divided by theirs; above 1 ours is faster. (OLMoE
-also normalises queries and keys: two norms of width D per layer that ours does not have.) Our model is first held to
-itself with `naive` experts: the same loss and gradients.
+backward and AdamW. Ours and OLMoE with each of its expert implementations take turns, step by step; implementations
+that are behind stop early. A cell is our tokens per second divided by those of OLMoE with its fastest; above 1 ours
+is faster. (OLMoE also normalises queries and keys: two norms of width D per layer that ours does not have.) Our model
+is first held to itself with `naive` experts: the same gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from crossways.experts import resolve_backend
 from crossways.models import CrosswaysConfig, CrosswaysForCausalLM
-from measure import clock_of, ratio
+from measure import Times, clock_of, in_turn, ratio
 from problems import TOLERANCE
 from table import Job, Row
 
@@ -47,7 +47,11 @@ SHAPES = {
     "fine-grained": Shape(4, 256, 4, 64, 8, 64, 8192, 8, 256),
     "100M": Shape(8, 512, 8, 32, 4, 192, 16384, 2, 512),
 }
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+TRAINED = ("quickstart", "100M")
+"""What `make bench` trains; the others are for `--train`."""
+MOST = 40
+"""Steps of each model at most, after two that do not count."""
+IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 BATCHED_LIMIT = 2**31
 """`batched_mm` copies an expert's weights for every pair; it is left out where one layer would copy more bytes."""
 
@@ -58,7 +62,6 @@ class Contender:
     def __init__(self, model: PreTrainedModel, dtype: str, device: str = "cpu") -> None:
         self.model = model.to(device, getattr(torch, dtype)).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.clock = clock_of(device)
 
     def loss(self, ids_BS: Tensor) -> Tensor:
         """Forward and backward; the loss."""
@@ -66,15 +69,11 @@ class Contender:
         loss.backward()
         return loss.detach()
 
-    def step(self, ids_BS: Tensor) -> float:
-        """One training step; seconds."""
-
-        def run() -> None:
-            self.loss(ids_BS)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-        return self.clock(run)
+    def step(self, ids_BS: Tensor) -> None:
+        """One training step."""
+        self.loss(ids_BS)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def ours(shape: Shape, backend: str = "auto") -> PreTrainedModel:
@@ -120,20 +119,6 @@ def _common(shape: Shape) -> dict:
     }
 
 
-def fastest_olmoe(shape: Shape, dtype: str, batches: list[Tensor]) -> tuple[str, Contender]:
-    """Try each implementation for a few interleaved steps; the one with the best median."""
-    device = batches[0].device.type
-    copied = shape.batch * shape.sequence * shape.k * 2 * shape.expert_width * shape.width * 4
-    names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or copied < BATCHED_LIMIT]
-    contenders = {name: Contender(olmoe(shape, name), dtype, device) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for batch in batches[:4]:
-        for name, contender in contenders.items():
-            times[name].append(contender.step(batch))
-    best = min(names, key=lambda name: statistics.median(times[name][1:]))
-    return best, contenders[best]
-
-
 def batches_of(shape: Shape, count: int, device: str) -> list[Tensor]:
     """Skewed token frequencies, as in text, so that expert loads are neither constant nor equal."""
     generator = torch.Generator().manual_seed(0)
@@ -153,32 +138,43 @@ def error(shape: Shape, dtype: str, ids_BS: Tensor) -> float:
     return (difference / sum(other.square().sum() for other in grads[1])).sqrt().item()
 
 
-def compare(name: str, dtype: str, device: str, rounds: int) -> list[Row]:
+def compare(name: str, dtype: str, device: str, seconds: float) -> list[Row]:
     """One row."""
-    shape, warm = SHAPES[name], 3
-    batches = batches_of(shape, rounds + warm, device)
+    shape = SHAPES[name]
+    batches = batches_of(shape, MOST + 2, device)
     # In bfloat16 a score that rounds differently may choose another expert, so that a few rows may differ.
     limit, found = (10 * TOLERANCE[getattr(torch, dtype)], error(shape, dtype, batches[0]))
     case = f"{name}: {shape.layers} x {shape.width}, {shape.experts} experts, {shape.k} a token"
     if not found <= limit:
         return [Row("training", case, dtype, {}, {"ours": f"WRONG: gradients differ from naive's by {found:.1e}"})]
-    implementation, theirs = fastest_olmoe(shape, dtype, batches)
+    copied = shape.batch * shape.sequence * shape.k * 2 * shape.expert_width * shape.width * 4
+    peers = [one for one in IMPLEMENTATIONS if one != "batched_mm" or copied < BATCHED_LIMIT]
     mine = Contender(ours(shape), dtype, device)
-    times = [(mine.step(batch), theirs.step(batch)) for batch in batches][warm:]
-    our_times, their_times = zip(*times, strict=True)
-    speed = shape.batch * shape.sequence / statistics.median(their_times)
+    everybody = {one: Contender(olmoe(shape, one), dtype, device) for one in peers} | {"ours": mine}
+    # The same batches in the same order for all; none twice, as some compile for every new load of an expert.
+    turns = {who: iter(batches) for who in everybody}
+    steps = {who: (lambda who=who: everybody[who].step(next(turns[who]))) for who in everybody}
+
+    def fastest(times: Times) -> str:
+        return min(peers, key=lambda one: statistics.median(times[one]))
+
+    times = in_turn(
+        steps, seconds, least=5, most=MOST, warm=2, slow=3.0, clock=clock_of(device),
+        wanted=lambda times: {"ours", fastest(times)},
+    )  # fmt: skip
+    best = fastest(times)
+    speed = shape.batch * shape.sequence / statistics.median(times[best])
     millions = sum(parameter.numel() for parameter in mine.model.parameters()) / 1e6
     cells = {
-        "bound": f"OLMoE {speed:,.0f} tokens/s with {implementation}",
-        resolve_backend("auto", device, getattr(torch, dtype)): ratio(their_times, our_times),
+        "bound": f"OLMoE {speed:,.0f} tokens/s with {best}",
+        resolve_backend("auto", device, getattr(torch, dtype)): ratio(times[best], times["ours"]),
         "error": f"{found:.0e}",
     }
     return [Row("training", f"{case}, {millions:.0f}M", dtype, cells)]
 
 
-def jobs(quick: bool, dtypes: Sequence[str], device: str) -> Iterator[Job]:
+def jobs(names: Sequence[str], dtypes: Sequence[str], device: str, seconds: float) -> Iterator[Job]:
     """One for each shape and dtype."""
-    for name in ("quickstart",) if quick else SHAPES:
+    for name in names:
         for dtype in dtypes:
-            rounds = 4 if quick else 9
-            yield Job("training", name, dtype, partial(compare, name, dtype, device, rounds))
+            yield Job("training", name, dtype, partial(compare, name, dtype, device, 4 * seconds))
