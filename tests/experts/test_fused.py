@@ -87,6 +87,9 @@ CASES = {
     "eight-tokens-one-expert": lambda: (torch.zeros(8, 1, dtype=torch.int64), 1, 64, 96),
     "many-groups": lambda: (torch.rand(1200, 2).topk(2).indices, 2, 32, 64),
     "deep": lambda: (torch.rand(40, 4).topk(2).indices, 4, 1056, 544),
+    "deep-and-odd": lambda: (torch.rand(40, 4).topk(2).indices, 4, 333, 150),
+    "wide-one-group": lambda: (torch.zeros(460, 1, dtype=torch.int64), 1, 330, 150),
+    "wide-many-groups": lambda: (hot(700, 6, 2), 6, 330, 150),
 }
 
 
@@ -130,6 +133,18 @@ def test_any_shape_in_float32(tokens, experts, width, expert_width, activation, 
     index_TK = torch.where(torch.rand(tokens, k) < 0.2, -1, torch.rand(tokens, experts).topk(k).indices)
     if (index_TK >= 0).any():
         assert_as_naive(index_TK, experts, width, expert_width, torch.float32, activation)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_broken_weight_spoils_its_own_feature_only(dtype):
+    """Rows of odd width end in the middle of what is read at once; what follows belongs to another row or expert."""
+    needs(dtype)
+    chosen, (x, weight, up, down) = make(torch.rand(50, 3).topk(2).indices, 3, 70, 45, 90, dtype)
+    down.data[1, 20, 0] = up.data[2, 0, 0] = float("nan")
+    y = compute_experts(x, chosen.with_weights(weight), up, down, Activation("swiglu"), "fused")
+    expected = compute_experts(x, chosen.with_weights(weight), up, down, Activation("swiglu"), "naive")
+    assert 0 < expected.isnan().sum() < expected.numel()
+    assert torch.equal(y.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("broken", [0, 17])

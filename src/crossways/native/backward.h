@@ -9,10 +9,16 @@ namespace crossways {
 template <class T>
 constexpr int64_t GAP = Kind<T>::per_word == 1 ? 0 : SIDE;
 
+// How many columns of a matrix are transposed at once, or how many rows: what comes of it stays in the second-level cache
+// until it is used. The latter where all sums of a product are no more than SUMS.
+constexpr int64_t COLUMNS = 128, ROWS = 128, SUMS = 1 << 17;
+// How many columns of a weight gradient are written at once.
+constexpr int64_t WRITTEN = 64;
+
 // Working memory. Left rows and right panels of float32 are the same numbers in the same order, kept once.
 template <class T>
 struct Buffers {
-  T *down_columns, *up_columns;      // the expert's matrices, transposed
+  T *down_columns, *up_columns;      // the expert's matrices, transposed; parts of them if there is one group
   T *grad_y, *grad_y_left;           // gradient of y, as right panels and as left rows
   T* inputs;                         // right panels whose columns are input features and that sum over pairs
   T* hidden;                         // the same of weighted hidden values
@@ -24,18 +30,21 @@ struct Buffers {
   Buffers(const Layer<T>& l, int64_t depth, int64_t rows, bool several) {
     constexpr bool same = Kind<T>::per_word == 1;
     const int64_t pairs = l.group(), blocks = std::max({pairs, l.Dp, depth}) / SIDE;
-    const int64_t values = l.Dp * (depth + rows) + pairs * (3 * l.Dp + depth + 2 * rows + 2 * GAP<T>);
-    const int64_t floats = blocks * BLOCK + (several ? l.Dp * (depth + rows) : 0) + pairs;
+    const int64_t down_values = several ? l.Dp * depth : std::max(l.Dp * COLUMNS, depth * ROWS);
+    const int64_t up_values = several ? rows * l.Dp : std::max(rows * COLUMNS, l.Dp * ROWS);
+    const int64_t values = down_values + up_values + pairs * (3 * l.Dp + depth + 2 * rows + 2 * GAP<T>);
+    const int64_t block_values = std::max(blocks * BLOCK, SUMS);
+    const int64_t floats = block_values + (several ? l.Dp * (depth + rows) : 0) + pairs;
     scratch.reserve(values * sizeof(T) + floats * 4 + 8192);
-    down_columns = scratch.take<T>(l.Dp * depth);
-    up_columns = scratch.take<T>(l.Dp * rows);
+    down_columns = scratch.take<T>(down_values);
+    up_columns = scratch.take<T>(up_values);
     grad_y = scratch.take<T>(pairs * l.Dp);
     grad_y_left = same ? grad_y : scratch.take<T>(pairs * (l.Dp + GAP<T>));
     inputs = scratch.take<T>(pairs * l.Dp);
     hidden = scratch.take<T>(pairs * depth);
     grad_up = scratch.take<T>(pairs * rows);
     grad_up_left = same ? grad_up : scratch.take<T>(pairs * (rows + GAP<T>));
-    c = scratch.take<float>(blocks * BLOCK);
+    c = scratch.take<float>(block_values);
     weight_grads = scratch.take<float>(several ? l.Dp * (depth + rows) : 0);
     weight_sums = scratch.take<Vec>(pairs / 16);
   }
@@ -147,19 +156,79 @@ void gather_inputs(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
 }
 
 // A weight gradient: for every 32 of `rows` rows, left rows at `left` (whose panels hold `all` rows) times `right`.
-// Experts of several groups add up in `total`; the last group writes, by `put(block, row, panel)`.
+// Experts of several groups add up in `total`; the last group writes, by `put(block, row, panel)`, a few blocks at once
+// while they are in the first-level cache.
 template <class T, class Put>
 void weight_gradient(const T* left, int64_t all, int64_t rows, const Right& right, int64_t columns, int64_t pairs,
                      float* c, float* total, bool first, bool last, Put&& put) {
   for (int64_t r = 0; r < rows; r += SIDE) {
     const T* at = left + r * SIDE;
     const Left<T> these{{at, at + 16 * SIDE}, SIDE, (all + GAP<T>)*SIDE};
-    float* to = total ? total + r * columns : c;
-    product<T>(these, right, columns, pairs, to, !first);
-    if (!last) continue;
-    for (int64_t i = 0; i < columns / SIDE; i++) put(to + i * BLOCK, r, i * SIDE);
+    for (int64_t column = 0; column < columns; column += WRITTEN) {
+      const Right some{right.words + column / SIDE * right.panel, right.row, right.step, right.panel};
+      const int64_t count = std::min(columns - column, WRITTEN);
+      float* to = total ? total + r * columns + column * SIDE : c;
+      product<T>(these, some, count, pairs, to, !first);
+      for (int64_t i = 0; last && i < count; i += SIDE) put(to + i * SIDE, r, column + i);
+    }
   }
 }
+
+// An expert's matrix, transposed, as the left operand of products that sum over its rows: `parts` times `depth` rows,
+// `apart` values from one part to the next, of `count` columns.
+template <class T>
+struct Transposed {
+  const T* matrix;
+  int64_t stride, parts, apart, depth, count;
+  T* packed;
+  bool several;  // groups of pairs
+
+  int64_t padded() const { return round_up(depth, SIDE); }
+
+  // The product with `right`, block by block of 32 columns: `meanwhile(column, panel)` as its last sum begins, then
+  // `done(column, c)`.
+  template <class Meanwhile, class Done>
+  void times(const Right& right, int64_t pairs, bool first, float* c, Meanwhile&& meanwhile, Done&& done) const {
+    if (!several && round_up(pairs, SIDE) * round_up(count, SIDE) <= SUMS)
+      by_rows(right, pairs, c, meanwhile, done);
+    else
+      by_columns(right, pairs, first, c, meanwhile, done);
+  }
+
+ private:
+  // For few pairs, when reading the matrix takes longest: as it lies in memory, some rows at a time, all sums at once.
+  template <class Meanwhile, class Done>
+  void by_rows(const Right& right, int64_t pairs, float* c, Meanwhile&& meanwhile, Done&& done) const {
+    const int64_t stretch = round_up(pairs, SIDE);
+    for (int64_t part = 0; part < parts; part++)
+      for (int64_t row = 0; row < depth; row += ROWS) {
+        const int64_t rows = std::min(depth - row, ROWS);
+        const bool last = part == parts - 1 && row + ROWS >= depth;
+        pack_columns(matrix + part * apart + row * stride, stride, rows, count, packed);
+        Right some = right;
+        some.words += (part * padded() + row) / SIDE * right.step;
+        for (int64_t at = 0; at < count; at += SIDE)
+          product(packed_rows(packed, rows, at / SIDE), some, pairs, round_up(rows, SIDE), c + at * stretch,
+                  part + row > 0, {}, [&](int64_t panel) {
+                    if (last) meanwhile(at, panel);
+                  });
+      }
+    for (int64_t at = 0; at < count; at += SIDE) done(at, c + at * stretch);
+  }
+  // Else some columns at a time, when the first group comes to them; kept for further groups.
+  template <class Meanwhile, class Done>
+  void by_columns(const Right& right, int64_t pairs, bool first, float* c, Meanwhile&& meanwhile, Done&& done) const {
+    const int64_t all = parts * padded();
+    for (int64_t at = 0; at < count; at += SIDE) {
+      T* to = packed + (several ? at : at % COLUMNS) * all;
+      for (int64_t part = 0; first && at % COLUMNS == 0 && part < parts; part++)
+        pack_columns(matrix + part * apart + at, stride, depth, std::min(count - at, COLUMNS),
+                     to + part * padded() * SIDE, all);
+      product(packed_rows(to, all, 0), right, pairs, all, c, false, {}, [&](int64_t panel) { meanwhile(at, panel); });
+      done(at, c);
+    }
+  }
+};
 
 template <class T, Function function, bool gated>
 void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_weight) {
@@ -171,17 +240,17 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
   const Buffers<T> b(l, depth, rows, several);
   T* grad_up = p.grad_up ? static_cast<T*>(p.grad_up) + s.expert * l.H * D : nullptr;
   T* grad_down = p.grad_down ? static_cast<T*>(p.grad_down) + s.expert * D * F : nullptr;
-  pack_columns(l.down(s.expert) + s.f0, F, D, real, b.down_columns);
+  const Transposed<T> down{l.down(s.expert) + s.f0, F, 1, 0, D, real, b.down_columns, several};
+  const Transposed<T> up{l.up(s.expert) + s.f0 * D, D, parts, F * D, real, D, b.up_columns, several};
   for_groups(l, s.expert, [&](const Group& g, bool first, bool last) {
     // One step after the other gathers what it needs: all of it at once would not fit the second-level cache.
     gather_grad_y(l, g, b);
     std::fill_n(b.weight_sums, 2 * g.panels(), Vec{});
-    for (int64_t f = 0; f < depth; f += SIDE) {
-      product(packed_rows(b.down_columns, D, f / SIDE), panels_of(b.grad_y, D), g.count, D, b.c);
+    down.times(panels_of(b.grad_y, D), g.count, first, b.c, [](int64_t, int64_t) {}, [&](int64_t f, const float* c) {
       for (int64_t i = 0; i < g.panels(); i++)
         for (int h = 0; h < 2; h++)
-          differentiate<T, function, gated>(l, s, g, i, s.f0 + f + 16 * h, b.c + i * BLOCK + h * 16 * SIDE, b);
-    }
+          differentiate<T, function, gated>(l, s, g, i, s.f0 + f + 16 * h, c + i * BLOCK + h * 16 * SIDE, b);
+    });
     if (grad_weight)
       for (int64_t i = 0; i < 2 * g.panels(); i++)
         store(grad_weight + g.first - p.offsets[s.expert] + 16 * i, b.weight_sums[i], first16(g.count - 16 * i));
@@ -202,13 +271,11 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
                       });
     }
     if (!sum) return;
-    for (int part = 0; first && part < parts; part++)
-      pack_columns(l.up(s.expert) + (part * F + s.f0) * D, D, real, D, b.up_columns + part * depth * SIDE, rows);
-    for (int64_t d = 0; d < D; d += SIDE) {
-      product(packed_rows(b.up_columns, rows, d / SIDE), panels_of(b.grad_up, rows), g.count, rows, b.c, false, {},
-              [&](int64_t i) { fetch_sums(p, g, i, sum, d, D); });
-      for (int64_t i = 0; i < g.panels(); i++) add_sums(p, g, i, b.c + i * BLOCK, sum, d, D);
-    }
+    up.times(panels_of(b.grad_up, rows), g.count, first, b.c,
+             [&](int64_t d, int64_t panel) { fetch_sums(p, g, panel, sum, d, D); },
+             [&](int64_t d, const float* c) {
+               for (int64_t i = 0; i < g.panels(); i++) add_sums(p, g, i, c + i * BLOCK, sum, d, D);
+             });
   });
 }
 

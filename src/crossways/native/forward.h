@@ -60,14 +60,17 @@ void activate(const Layer<T>& l, const Group& g, int64_t panel, const Slice& s, 
   }
 }
 
-// `rows` rows, `depth` values each, in two halves: where they lie if that suits the products, else padded.
+// 32 rows of a weight matrix, in two halves of which `rows[h]` exist, `depth` values each: where they lie, but for what
+// goes beyond the matrix's edges, which is copied to `packed`.
 template <class T>
-Left<T> left_of(const Layer<T>& l, const T* top, const T* bottom, int64_t row, int64_t rows, int64_t rows_below,
-                int64_t depth, T* packed) {
-  if (l.aligned) return {{top, bottom}, row, SIDE};
-  const T* half[2] = {top, bottom};
-  const int64_t count[2] = {rows, rows_below};
-  return pack_left(half, count, row, depth, packed);
+Left<T> left_of(Left<T> where, const int64_t rows[2], int64_t depth, T* packed) {
+  if (std::min(rows[0], rows[1]) < SIDE / 2) return pack_left(where.half, rows, where.row, depth, packed);
+  const int64_t whole = depth / SIDE * SIDE;
+  if (Kind<T>::per_word == 1 || whole == depth) return where;
+  const T* half[2] = {where.half[0] + whole, where.half[1] + whole};
+  pack_left(half, rows, where.row, depth - whole, packed);
+  where.tail = packed;
+  return where;
 }
 
 template <class T, Function function, bool gated>
@@ -82,12 +85,8 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
   float* c = scratch.take<float>(most * BLOCK);
   float* thin = scratch.take<float>(THIN * thin_stride(std::max(l.Dp, padded)));
   const T *up = l.up(s.expert), *down = l.down(s.expert);
-  auto up_rows = [&](int64_t f) {
-    return left_of(l, up + f * D, up + (gated ? F + f : f + 16) * D, D, F - f, gated ? F - f : F - f - 16, D, packed);
-  };
-  auto down_rows = [&](int64_t d) {
-    return left_of(l, down + d * F + s.f0, down + (d + 16) * F + s.f0, F, D - d, D - d - 16, depth, packed);
-  };
+  auto up_rows = [&](int64_t f) { return Left<T>{{up + f * D, up + (gated ? F + f : f + 16) * D}, D, SIDE}; };
+  auto down_rows = [&](int64_t d) { return Left<T>{{down + d * F + s.f0, down + (d + 16) * F + s.f0}, F, SIDE}; };
   for_groups(l, s.expert, [&](const Group& g, bool, bool) {
     for (int64_t i = 0; i < g.panels(); i++) {
       const T* rows[SIDE];
@@ -96,16 +95,17 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
     }
     const Right tokens = panels_for(inputs, D, g.count, thin);
     for (int64_t f = s.f0; f < s.f0 + padded; f += step) {
-      const bool more = f + step < s.f0 + padded;
-      Left<T> left = up_rows(f), next = !l.aligned ? left : more ? up_rows(f + step) : down_rows(0);
-      product(left, tokens, g.count, D, c, false, l.aligned ? &next : nullptr);
+      const int64_t rows[2] = {F - f, gated ? F - f : F - f - 16};
+      const Left<T> next = f + step < s.f0 + padded ? up_rows(f + step) : down_rows(0);
+      product(left_of(up_rows(f), rows, D, packed), tokens, g.count, D, c, false, &next);
       for (int64_t i = 0; i < g.panels(); i++)
         activate<T, function, gated>(l, g, i, s, f, c + i * BLOCK, hidden + i * padded * SIDE);
     }
     const Right activated = panels_for(hidden, depth, g.count, thin);
     for (int64_t d = 0; d < D; d += SIDE) {
-      Left<T> left = down_rows(d), next = l.aligned && d + SIDE < D ? down_rows(d + SIDE) : left;
-      product(left, activated, g.count, depth, c, false, l.aligned ? &next : nullptr,
+      const int64_t rows[2] = {D - d, D - d - 16};
+      const Left<T> next = down_rows(d + SIDE < D ? d + SIDE : d);
+      product(left_of(down_rows(d), rows, depth, packed), activated, g.count, depth, c, false, &next,
               [&](int64_t i) { fetch_sums(p, g, i, sum, d, D); });
       for (int64_t i = 0; i < g.panels(); i++) add_sums(p, g, i, c + i * BLOCK, sum, d, D);
     }

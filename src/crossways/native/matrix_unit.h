@@ -39,12 +39,14 @@ inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, in
   }
   for (int64_t s = from / SIDE; s * SIDE < to; s++) {
     const uint32_t* words = b + s * right.step;
-    _tile_loadd(4, a.half[0] + s * a.step, a.row * 2);
+    const bool tail = a.tail && (s + 1) * SIDE > to;
+    const int64_t row = 2 * (tail ? SIDE : a.row);
+    _tile_loadd(4, tail ? a.tail : a.half[0] + s * a.step, row);
     _tile_loadd(6, words, right.row * 4);
     _tile_dpbf16ps(0, 4, 6);
     if (both) _tile_loadd(7, words + 16, right.row * 4);
     if (both) _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a.half[1] + s * a.step, a.row * 2);
+    _tile_loadd(5, tail ? a.tail + BLOCK / 2 : a.half[1] + s * a.step, row);
     _tile_dpbf16ps(2, 5, 6);
     if (both) _tile_dpbf16ps(3, 5, 7);
     ahead.fetch(s);

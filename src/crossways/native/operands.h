@@ -24,11 +24,13 @@ struct Kind<bf16> {
   static constexpr int chunk = 8;
 };
 
-// Where the two halves of 32 left rows lie: element (r, s) of half h is half[h][r * row + s / 32 * step + s % 32].
+// Where the two halves of 32 left rows lie: element (r, s) of half h is half[h][r * row + s / 32 * step + s % 32]. The
+// matrix unit reads 32 values at once: where the rows end in between, their last values are at tail[32][32], with zeros.
 template <class T>
 struct Left {
   const T* half[2];
   int64_t row, step;
+  const T* tail = nullptr;
 };
 
 // Which rows of the left operand that comes next to bring into the cache.

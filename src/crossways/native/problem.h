@@ -114,7 +114,6 @@ struct Layer {
   const Problem& p;
   const int64_t D = p.width, F = p.expert_width, H = p.gated ? 2 * F : F;
   const int64_t Dp = round_up(D, SIDE);
-  const bool aligned = D % SIDE == 0 && F % SIDE == 0;
   std::vector<int64_t> kept_at;  // first column of each expert in `kept`
 
   explicit Layer(const Problem& problem) : p(problem), kept_at(problem.experts + 1) {
