@@ -21,6 +21,8 @@ MIN_BLOCK_N = 32
 
 # (BLOCK_N, BLOCK_K, warps, stages), the most promising first.
 _ROW_PRODUCTS = (
+    (128, 64, 8, 4),
+    (256, 64, 8, 4),
     (128, 64, 8, 3),
     (256, 64, 8, 3),
     (128, 64, 4, 4),
@@ -67,6 +69,13 @@ def block_rows(num_pairs: int, num_experts: int) -> int:
     return min(max(triton.next_power_of_2(mean_load // 2 + 1), 16), 128)
 
 
+def load_class(num_pairs: int, num_experts: int) -> int:
+    """An expert's mean load rounded up to a power of four, 16 to 4096, so that block shapes are timed anew for quite
+    different loads alone."""
+    mean_load = num_pairs // max(num_experts, 1)
+    return next((load for load in (16, 64, 256, 1024) if mean_load <= load), 4096)
+
+
 def row_product_configs() -> list[triton.Config]:
     """All candidates for products that give one row a pair."""
     return [
@@ -94,14 +103,14 @@ def row_product_candidates(
         columns: N.
         element_size: bytes of an input's element.
         matrices: how many matrices the rows are multiplied by at once.
-        held: tiles of M x N float32 that one program works on after the product, for each matrix.
+        held: tiles of M x N float32 that one program works on after the product.
     """
 
     most = limits.accumulators * 2 // element_size
 
     def suits(config: triton.Config) -> bool:
         n, k = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
-        registers = block_m * n * matrices * held / (32 * config.num_warps)
+        registers = block_m * n * max(matrices, held) / (32 * config.num_warps)
         staged = (block_m + n * matrices) * k * config.num_stages * element_size
         return registers <= most and staged <= limits.shared_memory and not _too_wide(n, columns)
 
@@ -123,13 +132,15 @@ def weight_grad_candidates(limits: Limits, rows: int, columns: int, element_size
     return [config for config in weight_grad_configs() if suits(config)][:_MOST_CANDIDATES]
 
 
-def prune_row_products(columns: str, gated: bool, held: int = 1) -> Callable[..., list[triton.Config]]:
+def prune_row_products(
+    columns: str, held: int = 1, twice_if_gated: bool = False
+) -> Callable[..., list[triton.Config]]:
     """A pruning function for a kernel.
 
     Args:
         columns: its argument that holds N.
-        gated: whether it multiplies by two matrices where its activation is gated.
         held: see `row_product_candidates`.
+        twice_if_gated: whether it multiplies by two matrices where its activation is gated.
     """
 
     def prune(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
@@ -137,7 +148,7 @@ def prune_row_products(columns: str, gated: bool, held: int = 1) -> Callable[...
         tensor = _first_tensor(known)
         if not tensor.is_cuda:
             return configs[-1:]
-        matrices = 2 if gated and known["GATED"] else 1
+        matrices = 2 if twice_if_gated and known["GATED"] else 1
         shape = known["BLOCK_M"], known[columns], tensor.element_size()
         return row_product_candidates(limits_of(tensor.device), *shape, matrices, held) or configs[-1:]
 
