@@ -70,8 +70,7 @@ def block_rows(num_pairs: int, num_experts: int) -> int:
 
 
 def load_class(num_pairs: int, num_experts: int) -> int:
-    """An expert's mean load rounded up to a power of four, 16 to 4096, so that block shapes are timed anew for quite
-    different loads alone."""
+    """An expert's mean load rounded up to a power of four, 16 to 4096; block shapes are timed once for each."""
     mean_load = num_pairs // max(num_experts, 1)
     return next((load for load in (16, 64, 256, 1024) if mean_load <= load), 4096)
 
@@ -107,12 +106,14 @@ def row_product_candidates(
     """
 
     most = limits.accumulators * 2 // element_size
+    # Without tensor cores all of BLOCK_K is unrolled, and on Ampere more than 32 were seen to spill.
+    deepest = 32 if element_size == 4 and limits.accumulators < 128 else 64
 
     def suits(config: triton.Config) -> bool:
         n, k = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
         registers = block_m * n * max(matrices, held) / (32 * config.num_warps)
         staged = (block_m + n * matrices) * k * config.num_stages * element_size
-        return registers <= most and staged <= limits.shared_memory and not _too_wide(n, columns)
+        return k <= deepest and registers <= most and staged <= limits.shared_memory and not _too_wide(n, columns)
 
     return [config for config in row_product_configs() if suits(config)][:_MOST_CANDIDATES]
 

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
+from crossways.experts.triton.layout import pad_widths
 from crossways.experts.triton.passes import backward_pass, forward_pass
 
 
 def experts(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation) -> Tensor:
     """Same contract as `naive`; first derivatives only."""
+    width = x_TD.shape[1]
+    x_TD, up_EHD, down_EDF = pad_widths(x_TD, up_EHD, down_EDF)
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return forward(*inputs, assignment.token_P, assignment.offsets_E1, activation.name, save)[0]
+    y_TD, *_ = forward(*inputs, assignment.token_P, assignment.offsets_E1, activation.name, save)
+    return y_TD if y_TD.shape[1] == width else y_TD[:, :width]
 
 
 forward = torch.library.custom_op("crossways::experts", forward_pass, mutates_args=())
