@@ -1,6 +1,7 @@
 """The kernels compile for Ampere and Hopper, without a GPU: what the interpreter accepts, the compiler need not.
 
-Every block shape that may be chosen must fit the shared memory and keep its sums in registers.
+Every block shape that may be chosen must fit the shared memory and keep its sums in registers; wide ones may lay two
+numbers aside after their loop.
 """
 
 import re
@@ -93,7 +94,7 @@ def candidates(name, architecture, element_size=2, gated=True, block_m=128):
     if name in ("sum", "plan"):
         return [triton.Config({}, num_warps=4, num_stages=3)]
     matrices, held = {"up": (1 + gated, 2), "hidden": (1, 2)}.get(name, (1, 1))
-    return row_product_candidates(limits, block_m, 512, element_size, matrices, held)
+    return row_product_candidates(limits, block_m, 512, element_size, matrices, held, in_pieces=name == "hidden")
 
 
 def compile_kernel(kernel, config, architecture):
@@ -131,7 +132,7 @@ def check(name, architecture, config, dtype, folder, monkeypatch, **fixed):
     kernel.fixed |= {key: value for key, value in fixed.items() if key in kernel.fixed}
     compiled = compile_kernel(kernel, config, architecture)
     assert compiled.metadata.shared <= LIMITS[architecture].shared_memory
-    assert spilled_bytes(compiled, folder) == 0
+    assert spilled_bytes(compiled, folder) <= 8  # two numbers, outside the loop
     return compiled.asm["ptx"]
 
 

@@ -141,3 +141,14 @@ def test_less_than_scatter_moe(shape, monkeypatch):
     (kept, most), (their_kept, their_most) = ours(shape, monkeypatch), scatter_moe(shape)
     assert kept < their_kept
     assert most < their_most
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_it_is_what_the_design_says(shape, monkeypatch):
+    """Kept: the rows before the activation, the output, three numbers a pair. At most: these, and on the way back
+    either gradients of the hidden rows and of what came before, or the latter and the rows of the input gradient."""
+    T, D, F, E, K = shape
+    P = T * K
+    kept, most = ours(shape, monkeypatch)
+    assert kept == 2 * (2 * P * F + T * D) + 8 * (3 * P + E + 1 + T + 1)
+    assert most == pytest.approx(kept + 2 * max(3 * P * F, 2 * P * F + P * D), rel=0.03)

@@ -9,12 +9,16 @@ import itertools
 
 import pytest
 import torch
+import triton
 
 from crossways.assignment import Assignment
 from crossways.experts import Activation, Experts, compute_experts, why_not
+from crossways.experts.triton.hidden_grad import hidden_grad_kernel
 from crossways.experts.triton.layout import pad_widths
 from crossways.experts.triton.op import backward, forward
 from crossways.experts.triton.plan import num_tiles, pairs_of_tokens, plan_tiles
+from crossways.experts.triton.rows import row_kernel
+from crossways.experts.triton.up import up_kernel
 from crossways.gates import LinearGate
 from crossways.layers import MoE
 from crossways.router import Router
@@ -65,6 +69,7 @@ CASES = {
     "one-expert": (torch.ones(33, 1, dtype=torch.bool), 1, 1),
     "one-token": (torch.tensor([[False, True, True, False]]), 64, 32),
     "nobody": (torch.zeros(9, 4, dtype=torch.bool), 16, 24),
+    "wide": (random_mask(9, 3, 0.5), 40, 272),
     "three": (~torch.eye(3, dtype=torch.bool), 16, 16),
     "odd-widths": (random_mask(9, 3, 0.5), 67, 66),
     "no-tokens": (torch.zeros(0, 4, dtype=torch.bool), 16, 24),
@@ -122,7 +127,7 @@ def test_it_runs_here():
 
 
 SMALL = ("k-1", "one-expert", "one-token", "nobody", "no-tokens")
-PROBLEMS = [(case, torch.float32) for case in CASES if case not in ("many-experts", "three")]
+PROBLEMS = [(case, torch.float32) for case in CASES if case not in ("many-experts", "three", "wide")]
 PROBLEMS += [("many-experts", torch.bfloat16), ("hot", torch.bfloat16), ("all-experts", torch.float16)]
 PROBLEMS += itertools.product(SMALL, (torch.bfloat16, torch.float16))
 
@@ -228,6 +233,16 @@ def test_offsets_beyond_32_bits():
     leaves = make_inputs("three", torch.float16)
     far = [far_apart(leaf.detach()).requires_grad_() if leaf.dim() > 1 else leaf for leaf in leaves]
     assert_same(evaluate("three", far), reference("three"), TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("columns", [64, 256])
+def test_wide_tiles(columns, monkeypatch):
+    """Which the interpreter is not given by itself: columns are worked on in several pieces."""
+    config = triton.Config({"BLOCK_N": columns, "BLOCK_K": 32, "GROUP_M": 8}, num_warps=8, num_stages=2)
+    for kernel in (up_kernel, row_kernel, hidden_grad_kernel):
+        monkeypatch.setattr(kernel, "early_config_prune", lambda *_, **__: [config])
+        monkeypatch.setattr(kernel, "cache", {})
+    assert_same(evaluate("wide", make_inputs("wide", torch.float16)), reference("wide"), TOLERANCE[torch.float16])
 
 
 def test_float32_weights_and_autocast():

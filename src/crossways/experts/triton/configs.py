@@ -92,7 +92,13 @@ def weight_grad_configs() -> list[triton.Config]:
 
 
 def row_product_candidates(
-    limits: Limits, block_m: int, columns: int, element_size: int, matrices: int = 1, held: int = 1
+    limits: Limits,
+    block_m: int,
+    columns: int,
+    element_size: int,
+    matrices: int = 1,
+    held: int = 1,
+    in_pieces: bool = False,
 ) -> list[triton.Config]:
     """Those that suit a product of this shape.
 
@@ -103,15 +109,16 @@ def row_product_candidates(
         element_size: bytes of an input's element.
         matrices: how many matrices the rows are multiplied by at once.
         held: tiles of M x N float32 that one program works on after the product.
+        in_pieces: whether of the widest tiles it works on small pieces then, and holds one tile.
     """
-
     most = limits.accumulators * 2 // element_size
     # Without tensor cores all of BLOCK_K is unrolled, and on Ampere more than 32 were seen to spill.
     deepest = 32 if element_size == 4 and limits.accumulators < 128 else 64
 
     def suits(config: triton.Config) -> bool:
         n, k = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
-        registers = block_m * n * max(matrices, held) / (32 * config.num_warps)
+        tiles = max(matrices, 1 if in_pieces and n > 128 else held)
+        registers = block_m * n * tiles / (32 * config.num_warps)
         staged = (block_m + n * matrices) * k * config.num_stages * element_size
         return k <= deepest and registers <= most and staged <= limits.shared_memory and not _too_wide(n, columns)
 
@@ -134,7 +141,7 @@ def weight_grad_candidates(limits: Limits, rows: int, columns: int, element_size
 
 
 def prune_row_products(
-    columns: str, held: int = 1, twice_if_gated: bool = False
+    columns: str, held: int = 1, twice_if_gated: bool = False, in_pieces: bool = False
 ) -> Callable[..., list[triton.Config]]:
     """A pruning function for a kernel.
 
@@ -142,6 +149,7 @@ def prune_row_products(
         columns: its argument that holds N.
         held: see `row_product_candidates`.
         twice_if_gated: whether it multiplies by two matrices where its activation is gated.
+        in_pieces: see `row_product_candidates`.
     """
 
     def prune(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
@@ -151,7 +159,8 @@ def prune_row_products(
             return configs[-1:]
         matrices = 2 if twice_if_gated and known["GATED"] else 1
         shape = known["BLOCK_M"], known[columns], tensor.element_size()
-        return row_product_candidates(limits_of(tensor.device), *shape, matrices, held) or configs[-1:]
+        found = row_product_candidates(limits_of(tensor.device), *shape, matrices, held, in_pieces)
+        return found or configs[-1:]
 
     return prune
 

@@ -66,7 +66,7 @@ def hidden_grads(
 @triton.autotune(
     row_product_configs(),
     key=["D", "F", "BLOCK_M", "GATED"],
-    prune_configs_by={"early_config_prune": prune_row_products("F", held=2)},
+    prune_configs_by={"early_config_prune": prune_row_products("F", held=2, in_pieces=True)},
     # While timing, candidates with narrow tiles write parts that the chosen one may not overwrite.
     reset_to_zero=["part_ptr"],
 )
@@ -114,24 +114,54 @@ def hidden_grad_kernel(
     grad_at = grad_ptr + token[:, None] * stride_g + tl.arange(0, BLOCK_K)[None, :]
     down = down_ptr + expert.to(tl.int64) * stride_e
     grad = product(grad_at, down, stride, f, real, D, F, K_INNER, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    # In two halves: the whole tile's operands would not fit the registers.
-    halves = tl.permute(tl.reshape(grad, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-    grad_low, grad_high = tl.split(halves)
-    f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     weight = tl.load(weight_ptr + first + row, mask=real, other=0.0).to(tl.float32)[:, None]
     H: tl.constexpr = 2 if GATED else 1
+    PIECE_N: tl.constexpr = 16 if BLOCK_N > 128 else BLOCK_N // 2  # a wide tile leaves few registers
     before_at, grad_before_at, hidden_at = (
         before_ptr + first * F * H,
         grad_before_ptr + first * F * H,
         hidden_ptr + first * F,
     )
-    part = back_through_activation(
-        grad_low, weight, before_at, grad_before_at, hidden_at, row, f, real, F, ACTIVATION, GATED
-    )
-    part += back_through_activation(
-        grad_high, weight, before_at, grad_before_at, hidden_at, row, f + BLOCK_N // 2, real, F, ACTIVATION, GATED
-    )
+    part = back_through_pieces(
+        grad, weight, before_at, grad_before_at, hidden_at, row, tile_n * BLOCK_N, real, F, ACTIVATION, GATED, PIECE_N
+    )  # fmt: skip
     tl.store(part_ptr + tile_n.to(tl.int64) * P + first + row, part, mask=real)
+
+
+@triton.jit
+def back_through_pieces(
+    grad,
+    weight,
+    before_ptr,
+    grad_before_ptr,
+    hidden_ptr,
+    row,
+    first_f,
+    real,
+    F,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    PIECE_N: tl.constexpr,
+):
+    """As `back_through_activation`, at most `PIECE_N` columns at a time: the whole tile's operands would not fit the
+    registers."""
+    M: tl.constexpr = grad.shape[0]
+    N: tl.constexpr = grad.shape[1]
+    if N <= PIECE_N:
+        f = first_f + tl.arange(0, N)
+        part = back_through_activation(
+            grad, weight, before_ptr, grad_before_ptr, hidden_ptr, row, f, real, F, ACTIVATION, GATED
+        )
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(grad, (M, 2, N // 2)), (0, 2, 1)))
+        part = back_through_pieces(
+            low, weight, before_ptr, grad_before_ptr, hidden_ptr, row, first_f, real, F, ACTIVATION, GATED, PIECE_N
+        )
+        first_f += N // 2
+        part += back_through_pieces(
+            high, weight, before_ptr, grad_before_ptr, hidden_ptr, row, first_f, real, F, ACTIVATION, GATED, PIECE_N
+        )
+    return part
 
 
 @triton.jit
