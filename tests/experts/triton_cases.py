@@ -9,11 +9,16 @@ import itertools
 
 import pytest
 import torch
+import triton
 
 from crossways.assignment import Assignment
 from crossways.experts import Activation, Experts, compute_experts, why_not
+from crossways.experts.triton.hidden_grad import hidden_grad_kernel
+from crossways.experts.triton.layout import pad_widths
 from crossways.experts.triton.op import backward, forward
 from crossways.experts.triton.plan import num_tiles, pairs_of_tokens, plan_tiles
+from crossways.experts.triton.rows import row_kernel
+from crossways.experts.triton.up import up_kernel
 from crossways.gates import LinearGate
 from crossways.layers import MoE
 from crossways.router import Router
@@ -64,6 +69,9 @@ CASES = {
     "one-expert": (torch.ones(33, 1, dtype=torch.bool), 1, 1),
     "one-token": (torch.tensor([[False, True, True, False]]), 64, 32),
     "nobody": (torch.zeros(9, 4, dtype=torch.bool), 16, 24),
+    "wide": (random_mask(9, 3, 0.5), 40, 272),
+    "three": (~torch.eye(3, dtype=torch.bool), 16, 16),
+    "odd-widths": (random_mask(9, 3, 0.5), 67, 66),
     "no-tokens": (torch.zeros(0, 4, dtype=torch.bool), 16, 24),
 }
 
@@ -119,7 +127,7 @@ def test_it_runs_here():
 
 
 SMALL = ("k-1", "one-expert", "one-token", "nobody", "no-tokens")
-PROBLEMS = [(case, torch.float32) for case in CASES if case != "many-experts"]
+PROBLEMS = [(case, torch.float32) for case in CASES if case not in ("many-experts", "three", "wide")]
 PROBLEMS += [("many-experts", torch.bfloat16), ("hot", torch.bfloat16), ("all-experts", torch.float16)]
 PROBLEMS += itertools.product(SMALL, (torch.bfloat16, torch.float16))
 
@@ -184,6 +192,59 @@ def test_broadcast_output_gradients():
         assert (grad - expected).norm() <= 2e-6 * expected.norm()
 
 
+def test_strided_routing_weights_and_tokens():
+    x, weight, up, down = leaves = make_inputs("k-1", torch.float32)
+    exact = assignment_of("k-1", weight)
+    apart = torch.stack((weight, torch.full_like(weight, torch.nan)), 1)[:, 0]
+    tokens = torch.stack((exact.token_P, exact.token_P.flip(0)), 1)[:, 0]
+    assignment = Assignment(tokens, exact.expert_P, apart, exact.offsets_E1, exact.num_tokens)
+    y = compute_experts(x, assignment, up, down, Activation("swiglu"), "triton")
+    assert_same(gradients(y, leaves), reference("k-1"), TOLERANCE[torch.float32])
+
+
+def test_vectors_that_begin_anywhere():
+    """Slices of a longer buffer, not aligned to what a kernel loads at once."""
+    leaves = [
+        torch.cat((leaf.new_zeros(3), leaf.detach().flatten()))[3:].view(leaf.shape).requires_grad_()
+        for leaf in make_inputs("all-experts", torch.float16)
+    ]
+    assert leaves[0].data_ptr() % 16
+    assert_same(evaluate("all-experts", leaves), reference("all-experts"), TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_widths_that_are_not_whole_vectors_are_padded(activation):
+    leaves = make_inputs("odd-widths", torch.bfloat16, activation)
+    padded_x, padded_up, padded_down = pad_widths(leaves[0], *leaves[2:])
+    rows = 2 if Activation(activation).gated else 1
+    assert (padded_x.shape[1], padded_up.shape[1:], padded_down.shape[1:]) == (72, (rows * 72, 72), (72, 72))
+    actual = evaluate("odd-widths", leaves, activation=activation)
+    assert_same(actual, reference("odd-widths", activation), TOLERANCE[torch.bfloat16])
+
+
+def far_apart(tensor):
+    """The same, with 2^30 elements between one row and the next; of that memory few pages are ever touched."""
+    step = 2**30 + 16
+    room = torch.empty((len(tensor) - 1) * step + tensor[0].numel(), dtype=tensor.dtype, device=DEVICE)
+    return room.as_strided(tensor.shape, (step, *tensor.stride()[1:])).copy_(tensor)
+
+
+def test_offsets_beyond_32_bits():
+    leaves = make_inputs("three", torch.float16)
+    far = [far_apart(leaf.detach()).requires_grad_() if leaf.dim() > 1 else leaf for leaf in leaves]
+    assert_same(evaluate("three", far), reference("three"), TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("columns", [64, 256])
+def test_wide_tiles(columns, monkeypatch):
+    """Which the interpreter is not given by itself: columns are worked on in several pieces."""
+    config = triton.Config({"BLOCK_N": columns, "BLOCK_K": 32, "GROUP_M": 8}, num_warps=8, num_stages=2)
+    for kernel in (up_kernel, row_kernel, hidden_grad_kernel):
+        monkeypatch.setattr(kernel, "early_config_prune", lambda *_, **__: [config])
+        monkeypatch.setattr(kernel, "cache", {})
+    assert_same(evaluate("wide", make_inputs("wide", torch.float16)), reference("wide"), TOLERANCE[torch.float16])
+
+
 def test_float32_weights_and_autocast():
     leaves = make_inputs("k-1", torch.float32)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
@@ -223,6 +284,15 @@ def test_second_derivatives_are_refused():
     (grad_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd"):
         torch.autograd.grad(grad_x.sum(), up)
+
+
+def test_backward_refuses_what_was_not_kept():
+    x, weight, up, down = (leaf.detach() for leaf in make_inputs("k-1", torch.float32))
+    assignment = assignment_of("k-1", weight)
+    segments = (assignment.token_P, assignment.offsets_E1)
+    y, *kept = forward(x, weight, up, down, *segments, "swiglu", save=False)
+    with pytest.raises(RuntimeError, match="0 of 37 pairs were kept"):
+        backward(y, x, weight, up, down, *segments, *kept, "swiglu", [True] * 4)
 
 
 @pytest.mark.parametrize("rows", [16, 32])

@@ -5,6 +5,8 @@
     token_sum.py    each token adds up its own pairs' rows: no atomics, so the same sum every time
     hidden_grad.py  back through second matrix, activation and routing weight: one kernel
     weight_grad.py  gradients of both matrices, experts' segments one by one
+    passes.py       the kernels in their order, forward and back
+    tiling.py       what kernels that walk over tiles of rows share; layout.py how tensors must lie for them
     plan.py         which rows a program works on, and each token's pairs; made on the device
     op.py           the operators that PyTorch and `torch.compile` see
 

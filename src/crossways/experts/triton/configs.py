@@ -21,6 +21,8 @@ MIN_BLOCK_N = 32
 
 # (BLOCK_N, BLOCK_K, warps, stages), the most promising first.
 _ROW_PRODUCTS = (
+    (128, 64, 8, 4),
+    (256, 64, 8, 4),
     (128, 64, 8, 3),
     (256, 64, 8, 3),
     (128, 64, 4, 4),
@@ -67,6 +69,12 @@ def block_rows(num_pairs: int, num_experts: int) -> int:
     return min(max(triton.next_power_of_2(mean_load // 2 + 1), 16), 128)
 
 
+def load_class(num_pairs: int, num_experts: int) -> int:
+    """An expert's mean load rounded up to a power of four, 16 to 4096; block shapes are timed once for each."""
+    mean_load = num_pairs // max(num_experts, 1)
+    return next((load for load in (16, 64, 256, 1024) if mean_load <= load), 4096)
+
+
 def row_product_configs() -> list[triton.Config]:
     """All candidates for products that give one row a pair."""
     return [
@@ -84,7 +92,13 @@ def weight_grad_configs() -> list[triton.Config]:
 
 
 def row_product_candidates(
-    limits: Limits, block_m: int, columns: int, element_size: int, matrices: int = 1, held: int = 1
+    limits: Limits,
+    block_m: int,
+    columns: int,
+    element_size: int,
+    matrices: int = 1,
+    held: int = 1,
+    in_pieces: bool = False,
 ) -> list[triton.Config]:
     """Those that suit a product of this shape.
 
@@ -94,16 +108,19 @@ def row_product_candidates(
         columns: N.
         element_size: bytes of an input's element.
         matrices: how many matrices the rows are multiplied by at once.
-        held: tiles of M x N float32 that one program works on after the product, for each matrix.
+        held: tiles of M x N float32 that one program works on after the product.
+        in_pieces: whether of the widest tiles it works on small pieces then, and holds one tile.
     """
-
     most = limits.accumulators * 2 // element_size
+    # Without tensor cores all of BLOCK_K is unrolled, and on Ampere more than 32 were seen to spill.
+    deepest = 32 if element_size == 4 and limits.accumulators < 128 else 64
 
     def suits(config: triton.Config) -> bool:
         n, k = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
-        registers = block_m * n * matrices * held / (32 * config.num_warps)
+        tiles = max(matrices, 1 if in_pieces and n > 128 else held)
+        registers = block_m * n * tiles / (32 * config.num_warps)
         staged = (block_m + n * matrices) * k * config.num_stages * element_size
-        return registers <= most and staged <= limits.shared_memory and not _too_wide(n, columns)
+        return k <= deepest and registers <= most and staged <= limits.shared_memory and not _too_wide(n, columns)
 
     return [config for config in row_product_configs() if suits(config)][:_MOST_CANDIDATES]
 
@@ -123,13 +140,16 @@ def weight_grad_candidates(limits: Limits, rows: int, columns: int, element_size
     return [config for config in weight_grad_configs() if suits(config)][:_MOST_CANDIDATES]
 
 
-def prune_row_products(columns: str, gated: bool, held: int = 1) -> Callable[..., list[triton.Config]]:
+def prune_row_products(
+    columns: str, held: int = 1, twice_if_gated: bool = False, in_pieces: bool = False
+) -> Callable[..., list[triton.Config]]:
     """A pruning function for a kernel.
 
     Args:
         columns: its argument that holds N.
-        gated: whether it multiplies by two matrices where its activation is gated.
         held: see `row_product_candidates`.
+        twice_if_gated: whether it multiplies by two matrices where its activation is gated.
+        in_pieces: see `row_product_candidates`.
     """
 
     def prune(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
@@ -137,9 +157,10 @@ def prune_row_products(columns: str, gated: bool, held: int = 1) -> Callable[...
         tensor = _first_tensor(known)
         if not tensor.is_cuda:
             return configs[-1:]
-        matrices = 2 if gated and known["GATED"] else 1
+        matrices = 2 if twice_if_gated and known["GATED"] else 1
         shape = known["BLOCK_M"], known[columns], tensor.element_size()
-        return row_product_candidates(limits_of(tensor.device), *shape, matrices, held) or configs[-1:]
+        found = row_product_candidates(limits_of(tensor.device), *shape, matrices, held, in_pieces)
+        return found or configs[-1:]
 
     return prune
 

@@ -9,6 +9,7 @@ Legend: T tokens, P pairs, E experts, N column tiles, D model width, F expert wi
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 from crossways.experts.triton.activations import activate, derivative
 from crossways.experts.triton.configs import MIN_BLOCK_N, prune_row_products, row_product_configs
 from crossways.experts.triton.launch import Products
+from crossways.experts.triton.layout import matrices
 from crossways.experts.triton.plan import Tiles
-from crossways.experts.triton.tiling import multiply, rows_of_tile, tile_of_program
+from crossways.experts.triton.tiling import multiple, part_of_program, product
 
 
 class HiddenGrads(NamedTuple):
@@ -45,16 +47,17 @@ def hidden_grads(
     products: Products,
 ) -> HiddenGrads:
     """From the gradient of the output (T, D)."""
-    pairs, (_, model_width, width) = token_P.numel(), down_EDF.shape
-    hidden_PF, grad_PH = before_PH.new_empty(pairs, width), before_PH.new_empty(before_PH.shape)
-    part_NP = weight_P.new_zeros(triton.cdiv(width, MIN_BLOCK_N), pairs, dtype=torch.float32)
-    count = tiles.expert_G.numel()
-    hidden_grad_kernel[lambda meta: (count * triton.cdiv(width, meta["BLOCK_N"]),)](
-        *(grad_TD, token_P, weight_P, down_EDF, before_PH, hidden_PF, grad_PH, part_NP),
-        *(tiles.expert_G, tiles.row_G, offsets_E1, *grad_TD.stride(), *down_EDF.stride()),
-        *(count, pairs, model_width, width),
+    pairs, matrix, count = token_P.numel(), matrices(down_EDF), tiles.expert_G.numel()
+    hidden_PF, grad_PH = before_PH.new_empty(pairs, matrix.N), before_PH.new_empty(before_PH.shape)
+    part_NP = weight_P.new_zeros(triton.cdiv(matrix.N, MIN_BLOCK_N), pairs, dtype=torch.float32)
+    hidden_grad_kernel[lambda meta: (count * triton.cdiv(matrix.N, meta["BLOCK_N"]),)](
+        *(grad_TD, token_P, weight_P, matrix.tensor, before_PH, hidden_PF, grad_PH, part_NP),
+        *(tiles.expert_G, tiles.row_G, offsets_E1),
+        *(grad_TD.stride(0), matrix.stride_e, matrix.stride, count, pairs, matrix.K, matrix.N),
         ACTIVATION=products.activation,
         GATED=products.gated,
+        K_INNER=matrix.k_inner,
+        ALIGN=gcd(matrix.align, grad_TD.stride(0)),
         **products.meta(),
     )
     return HiddenGrads(hidden_PF, grad_PH, part_NP.sum(0))
@@ -63,7 +66,7 @@ def hidden_grads(
 @triton.autotune(
     row_product_configs(),
     key=["D", "F", "BLOCK_M", "GATED"],
-    prune_configs_by={"early_config_prune": prune_row_products("F", gated=False, held=2)},
+    prune_configs_by={"early_config_prune": prune_row_products("F", held=2, in_pieces=True)},
     # While timing, candidates with narrow tiles write parts that the chosen one may not overwrite.
     reset_to_zero=["part_ptr"],
 )
@@ -80,17 +83,17 @@ def hidden_grad_kernel(
     tile_expert_ptr,
     tile_row_ptr,
     offsets_ptr,
-    stride_gt,
-    stride_gd,
-    stride_de,
-    stride_dd,
-    stride_df,
+    stride_g,
+    stride_e,
+    stride,
     tiles,
     P,
     D,
     F,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    K_INNER: tl.constexpr,
+    ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,43 +102,66 @@ def hidden_grad_kernel(
     GROUP_M: tl.constexpr,
 ):
     """One tile of rows by `BLOCK_N` hidden units."""
-    tile, tile_n = tile_of_program(tiles, tl.cdiv(F, BLOCK_N), GROUP_M)
-    expert, first, left = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr)
+    stride_g, stride_e, stride = multiple(stride_g, ALIGN), multiple(stride_e, ALIGN), multiple(stride, ALIGN)
+    D, F = multiple(D, ALIGN), multiple(F, ALIGN)
+    expert, first, row, real, tile_n = part_of_program(
+        tile_expert_ptr, tile_row_ptr, offsets_ptr, tiles, F, BLOCK_M, BLOCK_N, GROUP_M
+    )
     if expert < 0:
         return
-    row = tl.arange(0, BLOCK_M)
-    real = row < left
     token = tl.load(token_ptr + first + row, mask=real, other=0)
     f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_K)
-    grad_at = grad_ptr + token[:, None] * stride_gt + d[None, :] * stride_gd
-    down_at = down_ptr + expert.to(tl.int64) * stride_de + d[:, None] * stride_dd + f[None, :] * stride_df
-    grad = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for done in range(0, D, BLOCK_K):
-        inside = d < D - done
-        a = tl.load(grad_at, mask=real[:, None] & inside[None, :], other=0.0)
-        b = tl.load(down_at, mask=inside[:, None] & (f < F)[None, :], other=0.0)
-        grad = multiply(a, b, grad, UPCAST, PRECISION)
-        grad_at += BLOCK_K * stride_gd
-        down_at += BLOCK_K * stride_dd
-    # In two halves: the whole tile's operands would not fit the registers.
-    halves = tl.permute(tl.reshape(grad, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-    grad_low, grad_high = tl.split(halves)
-    f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    grad_at = grad_ptr + token[:, None] * stride_g + tl.arange(0, BLOCK_K)[None, :]
+    down = down_ptr + expert.to(tl.int64) * stride_e
+    grad = product(grad_at, down, stride, f, real, D, F, K_INNER, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     weight = tl.load(weight_ptr + first + row, mask=real, other=0.0).to(tl.float32)[:, None]
     H: tl.constexpr = 2 if GATED else 1
+    PIECE_N: tl.constexpr = 16 if BLOCK_N > 128 else BLOCK_N // 2  # a wide tile leaves few registers
     before_at, grad_before_at, hidden_at = (
         before_ptr + first * F * H,
         grad_before_ptr + first * F * H,
         hidden_ptr + first * F,
     )
-    part = back_through_activation(
-        grad_low, weight, before_at, grad_before_at, hidden_at, row, f, real, F, ACTIVATION, GATED
-    )
-    part += back_through_activation(
-        grad_high, weight, before_at, grad_before_at, hidden_at, row, f + BLOCK_N // 2, real, F, ACTIVATION, GATED
-    )
+    part = back_through_pieces(
+        grad, weight, before_at, grad_before_at, hidden_at, row, tile_n * BLOCK_N, real, F, ACTIVATION, GATED, PIECE_N
+    )  # fmt: skip
     tl.store(part_ptr + tile_n.to(tl.int64) * P + first + row, part, mask=real)
+
+
+@triton.jit
+def back_through_pieces(
+    grad,
+    weight,
+    before_ptr,
+    grad_before_ptr,
+    hidden_ptr,
+    row,
+    first_f,
+    real,
+    F,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    PIECE_N: tl.constexpr,
+):
+    """As `back_through_activation`, at most `PIECE_N` columns at a time: the whole tile's operands would not fit the
+    registers."""
+    M: tl.constexpr = grad.shape[0]
+    N: tl.constexpr = grad.shape[1]
+    if N <= PIECE_N:
+        f = first_f + tl.arange(0, N)
+        part = back_through_activation(
+            grad, weight, before_ptr, grad_before_ptr, hidden_ptr, row, f, real, F, ACTIVATION, GATED
+        )
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(grad, (M, 2, N // 2)), (0, 2, 1)))
+        part = back_through_pieces(
+            low, weight, before_ptr, grad_before_ptr, hidden_ptr, row, first_f, real, F, ACTIVATION, GATED, PIECE_N
+        )
+        first_f += N // 2
+        part += back_through_pieces(
+            high, weight, before_ptr, grad_before_ptr, hidden_ptr, row, first_f, real, F, ACTIVATION, GATED, PIECE_N
+        )
+    return part
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crossways.experts.activation import Activation
-from crossways.experts.triton.configs import block_rows
+from crossways.experts.triton.configs import block_rows, load_class
 
 _FUNCTION = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 
@@ -22,6 +22,8 @@ class Products(NamedTuple):
     """Whether it is multiplied by a second product."""
     block_rows: int
     """Rows of a tile."""
+    load: int
+    """How many pairs an expert gets on average, roughly."""
     upcast: bool
     """Multiply in float32 whatever the inputs: Triton's interpreter has no bfloat16 arithmetic."""
     precision: str
@@ -38,6 +40,7 @@ def products_for(x_TD: Tensor, num_pairs: int, num_experts: int, activation: str
         activation=_FUNCTION.get(activation, activation),
         gated=Activation(activation).gated,
         block_rows=block_rows(num_pairs, num_experts),
+        load=load_class(num_pairs, num_experts),
         upcast=not x_TD.is_cuda,
         precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     )

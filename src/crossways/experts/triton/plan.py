@@ -95,7 +95,8 @@ def pairs_of_tokens(token_P: Tensor, offsets_E1: Tensor, num_tokens: int) -> Tok
     """
     device = token_P.device
     slack_P = torch.arange(token_P.numel(), device=device) >= offsets_E1[-1]
-    key_P = token_P.masked_fill(slack_P, num_tokens).to(torch.int32)
-    sorted_P, pair_P = torch.sort(key_P, stable=True)
-    bounds_T1 = torch.arange(num_tokens + 1, device=device, dtype=torch.int32)
+    # A GPU sorts by a few bits at a time, so narrow keys take fewer passes.
+    key = torch.int16 if num_tokens < 2**15 else torch.int32
+    sorted_P, pair_P = torch.sort(token_P.masked_fill(slack_P, num_tokens).to(key), stable=True)
+    bounds_T1 = torch.arange(num_tokens + 1, device=device, dtype=key)
     return TokenPairs(pair_P, torch.searchsorted(sorted_P, bounds_T1))

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from crossways.experts.triton.configs import prune_row_products, row_product_configs
 from crossways.experts.triton.launch import Products
+from crossways.experts.triton.layout import matrices
 from crossways.experts.triton.plan import Tiles
-from crossways.experts.triton.tiling import multiply, rows_of_tile, tile_of_program
+from crossways.experts.triton.tiling import multiple, part_of_program, product
 
 
 def row_products(rows_PK: Tensor, offsets_E1: Tensor, matrix_EKN: Tensor, tiles: Tiles, products: Products) -> Tensor:
@@ -25,11 +26,13 @@ def row_products(rows_PK: Tensor, offsets_E1: Tensor, matrix_EKN: Tensor, tiles:
         tiles: from `plan_tiles`.
         products: from `products_for`.
     """
-    out_PN = rows_PK.new_empty(rows_PK.shape[0], matrix_EKN.shape[2])
-    count = tiles.expert_G.numel()
-    row_kernel[lambda meta: (count * triton.cdiv(out_PN.shape[1], meta["BLOCK_N"]),)](
-        *(rows_PK, matrix_EKN, out_PN, tiles.expert_G, tiles.row_G, offsets_E1),
-        *(*matrix_EKN.stride(), count, *matrix_EKN.shape[1:]),
+    matrix, count = matrices(matrix_EKN), tiles.expert_G.numel()
+    out_PN = rows_PK.new_empty(rows_PK.shape[0], matrix.N)
+    row_kernel[lambda meta: (count * triton.cdiv(matrix.N, meta["BLOCK_N"]),)](
+        *(rows_PK, matrix.tensor, out_PN, tiles.expert_G, tiles.row_G, offsets_E1),
+        *(matrix.stride_e, matrix.stride, count, matrix.K, matrix.N),
+        K_INNER=matrix.k_inner,
+        ALIGN=matrix.align,
         **products.meta(),
     )
     return out_PN
@@ -37,8 +40,8 @@ def row_products(rows_PK: Tensor, offsets_E1: Tensor, matrix_EKN: Tensor, tiles:
 
 @triton.autotune(
     row_product_configs(),
-    key=["K", "N", "BLOCK_M", "stride_mk"],
-    prune_configs_by={"early_config_prune": prune_row_products("N", gated=False)},
+    key=["K", "N", "BLOCK_M", "K_INNER"],
+    prune_configs_by={"early_config_prune": prune_row_products("N")},
 )
 @triton.jit
 def row_kernel(
@@ -48,12 +51,13 @@ def row_kernel(
     tile_expert_ptr,
     tile_row_ptr,
     offsets_ptr,
-    stride_me,
-    stride_mk,
-    stride_mn,
+    stride_e,
+    stride,
     tiles,
     K,
     N,
+    K_INNER: tl.constexpr,
+    ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,25 +65,19 @@ def row_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One tile of rows by `BLOCK_N` columns."""
-    tile, tile_n = tile_of_program(tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
-    expert, first, left = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr)
+    """One tile of rows by `BLOCK_N` columns; `ALIGN` divides all sizes and strides."""
+    stride_e, stride = multiple(stride_e, ALIGN), multiple(stride, ALIGN)
+    K, N = multiple(K, ALIGN), multiple(N, ALIGN)
+    expert, first, row, real, tile_n = part_of_program(
+        tile_expert_ptr, tile_row_ptr, offsets_ptr, tiles, N, BLOCK_M, BLOCK_N, GROUP_M
+    )
     if expert < 0:
         return
-    row = tl.arange(0, BLOCK_M)
-    real = row < left
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    rows_at = rows_ptr + first * K + row[:, None] * K + k[None, :]
-    matrix_at = matrix_ptr + expert.to(tl.int64) * stride_me + k[:, None] * stride_mk + n[None, :] * stride_mn
-    sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for done in range(0, K, BLOCK_K):
-        inside = k < K - done
-        a = tl.load(rows_at, mask=real[:, None] & inside[None, :], other=0.0)
-        b = tl.load(matrix_at, mask=inside[:, None] & (n < N)[None, :], other=0.0)
-        sum = multiply(a, b, sum, UPCAST, PRECISION)
-        rows_at += BLOCK_K
-        matrix_at += BLOCK_K * stride_mk
-    out = sum.to(out_ptr.dtype.element_ty)
+    rows_at = rows_ptr + first * K + row[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    matrix = matrix_ptr + expert.to(tl.int64) * stride_e
+    sum = product(
+        rows_at, matrix, stride, n, real, K, N, K_INNER, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
     out_at = out_ptr + first * N + row[:, None] * N + n[None, :]
-    tl.store(out_at, out, mask=real[:, None] & (n < N)[None, :])
+    tl.store(out_at, sum.to(out_ptr.dtype.element_ty), mask=real[:, None] & (n < N)[None, :])

@@ -5,6 +5,8 @@ Legend: T tokens, P pairs, E experts, D model width, F expert width, H rows of t
 
 from __future__ import annotations
 
+from math import gcd
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,8 +14,9 @@ from torch import Tensor
 from crossways.experts.triton.activations import activate
 from crossways.experts.triton.configs import prune_row_products, row_product_configs
 from crossways.experts.triton.launch import Products
+from crossways.experts.triton.layout import matrices
 from crossways.experts.triton.plan import Tiles
-from crossways.experts.triton.tiling import multiply, rows_of_tile, tile_of_program
+from crossways.experts.triton.tiling import element, multiple, multiply, part_of_program
 
 
 def up_products(
@@ -27,17 +30,18 @@ def up_products(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The weighted hidden rows (P, F) and, where `save`, what the activation was applied to (P, H), else (0, H)."""
-    pairs, rows, model_width = token_P.numel(), up_EHD.shape[1], x_TD.shape[1]
-    width = rows // 2 if products.gated else rows
+    pairs, matrix, count = token_P.numel(), matrices(up_EHD.transpose(1, 2)), tiles.expert_G.numel()
+    width = matrix.N // 2 if products.gated else matrix.N
     hidden_PF = x_TD.new_empty(pairs, width)
-    before_PH = x_TD.new_empty(pairs if save else 0, rows)
-    count = tiles.expert_G.numel()
+    before_PH = x_TD.new_empty(pairs if save else 0, matrix.N)
     up_kernel[lambda meta: (count * triton.cdiv(width, meta["BLOCK_N"]),)](
-        *(x_TD, token_P, weight_P, up_EHD, hidden_PF, before_PH, tiles.expert_G, tiles.row_G, offsets_E1),
-        *(*x_TD.stride(), *up_EHD.stride(), count, model_width, width),
+        *(x_TD, token_P, weight_P, matrix.tensor, hidden_PF, before_PH, tiles.expert_G, tiles.row_G, offsets_E1),
+        *(x_TD.stride(0), matrix.stride_e, matrix.stride, count, matrix.K, width),
         ACTIVATION=products.activation,
         GATED=products.gated,
         SAVE=save,
+        K_INNER=matrix.k_inner,
+        ALIGN=gcd(matrix.align, x_TD.stride(0), width),
         **products.meta(),
     )
     return hidden_PF, before_PH
@@ -46,7 +50,7 @@ def up_products(
 @triton.autotune(
     row_product_configs(),
     key=["D", "F", "BLOCK_M", "GATED"],
-    prune_configs_by={"early_config_prune": prune_row_products("F", gated=True)},
+    prune_configs_by={"early_config_prune": prune_row_products("F", held=2, twice_if_gated=True)},
 )
 @triton.jit
 def up_kernel(
@@ -59,17 +63,17 @@ def up_kernel(
     tile_expert_ptr,
     tile_row_ptr,
     offsets_ptr,
-    stride_xt,
-    stride_xd,
-    stride_ue,
-    stride_uh,
-    stride_ud,
+    stride_x,
+    stride_e,
+    stride,
     tiles,
     D,
     F,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     SAVE: tl.constexpr,
+    K_INNER: tl.constexpr,
+    ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -78,17 +82,18 @@ def up_kernel(
     GROUP_M: tl.constexpr,
 ):
     """One tile of rows by `BLOCK_N` hidden units; gated activations keep two accumulators."""
-    tile, tile_n = tile_of_program(tiles, tl.cdiv(F, BLOCK_N), GROUP_M)
-    expert, first, left = rows_of_tile(tile, tile_expert_ptr, tile_row_ptr, offsets_ptr)
+    stride_x, stride_e, stride = multiple(stride_x, ALIGN), multiple(stride_e, ALIGN), multiple(stride, ALIGN)
+    D, F = multiple(D, ALIGN), multiple(F, ALIGN)
+    expert, first, row, real, tile_n = part_of_program(
+        tile_expert_ptr, tile_row_ptr, offsets_ptr, tiles, F, BLOCK_M, BLOCK_N, GROUP_M
+    )
     if expert < 0:
         return
-    row = tl.arange(0, BLOCK_M)
-    real = row < left
     token = tl.load(token_ptr + first + row, mask=real, other=0)
     f = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + token[:, None] * stride_xt + d[None, :] * stride_xd
-    up_at = up_ptr + expert.to(tl.int64) * stride_ue + f[None, :] * stride_uh + d[:, None] * stride_ud
+    x_at = x_ptr + token[:, None] * stride_x + d[None, :]
+    up_at = element(up_ptr + expert.to(tl.int64) * stride_e, stride, d[:, None], f[None, :], K_INNER)
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for done in range(0, D, BLOCK_K):
@@ -97,10 +102,10 @@ def up_kernel(
         wanted = inside[:, None] & (f < F)[None, :]
         gate = multiply(x, tl.load(up_at, mask=wanted, other=0.0), gate, UPCAST, PRECISION)
         if GATED:
-            up = tl.load(up_at + F * stride_uh, mask=wanted, other=0.0)
+            up = tl.load(element(up_at, stride, 0, F, K_INNER), mask=wanted, other=0.0)
             value = multiply(x, up, value, UPCAST, PRECISION)
-        x_at += BLOCK_K * stride_xd
-        up_at += BLOCK_K * stride_ud
+        x_at += BLOCK_K
+        up_at = element(up_at, stride, BLOCK_K, 0, K_INNER)
     stored = real[:, None] & (f < F)[None, :]
     dtype = hidden_ptr.dtype.element_ty
     hidden = activate(gate, ACTIVATION)

@@ -9,13 +9,15 @@ Legend: T tokens, P pairs, E experts, I rows and J columns of the matrix.
 
 from __future__ import annotations
 
+from math import gcd
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from crossways.experts.triton.configs import prune_weight_grads, weight_grad_configs
 from crossways.experts.triton.launch import Products
-from crossways.experts.triton.tiling import multiply
+from crossways.experts.triton.tiling import multiple, multiply
 
 
 def weight_grads(
@@ -24,8 +26,8 @@ def weight_grads(
     """The gradients (E, I, J); zero for experts without pairs.
 
     Args:
-        left: (P, I), or (T, I) when it is the one that is gathered.
-        right: (P, J), or (T, J).
+        left: (P, I), or (T, I) when it is the one that is gathered; the elements of a row follow each other.
+        right: (P, J), or (T, J), likewise.
         token_P: token of each pair.
         offsets_E1: first pair of each expert, and the end of the last.
         products: from `products_for`.
@@ -38,8 +40,10 @@ def weight_grads(
         return (experts * triton.cdiv(rows, meta["BLOCK_I"]) * triton.cdiv(columns, meta["BLOCK_J"]),)
 
     weight_grad_kernel[grid](
-        *(left, right, token_P, offsets_E1, out_EIJ, *left.stride(), *right.stride(), rows, columns),
+        *(left, right, token_P, offsets_E1, out_EIJ, left.stride(0), right.stride(0), rows, columns),
         GATHER_LEFT=gathered == "left",
+        ALIGN=gcd(16, left.stride(0), right.stride(0), rows, columns),
+        LOAD=products.load,
         UPCAST=products.upcast,
         PRECISION=products.precision,
     )
@@ -48,7 +52,7 @@ def weight_grads(
 
 @triton.autotune(
     weight_grad_configs(),
-    key=["ROWS", "COLUMNS", "GATHER_LEFT"],
+    key=["ROWS", "COLUMNS", "GATHER_LEFT", "LOAD"],
     prune_configs_by={"early_config_prune": prune_weight_grads},
 )
 @triton.jit
@@ -58,20 +62,25 @@ def weight_grad_kernel(
     token_ptr,
     offsets_ptr,
     out_ptr,
-    stride_lr,
-    stride_li,
-    stride_rr,
-    stride_rj,
+    stride_l,
+    stride_r,
     ROWS,
     COLUMNS,
     GATHER_LEFT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LOAD: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """A block of one expert's gradient; programs of one expert follow each other, since they read the same rows."""
+    """A block of one expert's gradient; programs of one expert follow each other, since they read the same rows.
+
+    `LOAD` is for the tuner alone: what is fastest for three pairs is not for three thousand.
+    """
+    stride_l, stride_r = multiple(stride_l, ALIGN), multiple(stride_r, ALIGN)
+    ROWS, COLUMNS = multiple(ROWS, ALIGN), multiple(COLUMNS, ALIGN)
     blocks_j = tl.cdiv(COLUMNS, BLOCK_J)
     blocks = tl.cdiv(ROWS, BLOCK_I) * blocks_j
     expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -85,8 +94,8 @@ def weight_grad_kernel(
         token = tl.load(token_ptr + pair, mask=real, other=0)
         left_row = token if GATHER_LEFT else pair
         right_row = pair if GATHER_LEFT else token
-        left_at = left_ptr + left_row[None, :] * stride_lr + i[:, None] * stride_li
-        right_at = right_ptr + right_row[:, None] * stride_rr + j[None, :] * stride_rj
+        left_at = left_ptr + left_row[None, :] * stride_l + i[:, None]
+        right_at = right_ptr + right_row[:, None] * stride_r + j[None, :]
         left = tl.load(left_at, mask=real[None, :] & (i < ROWS)[:, None], other=0.0)
         right = tl.load(right_at, mask=real[:, None] & (j < COLUMNS)[None, :], other=0.0)
         sum = multiply(left, right, sum, UPCAST, PRECISION)
