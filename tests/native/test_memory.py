@@ -11,19 +11,21 @@ from crossways.native.memory import reused
 pytestmark = pytest.mark.skipif(why_not_native() is not None, reason=str(why_not_native()))
 
 SHAPE = (3, 1024, 1024)
+OWN_SHAPE = (37, 1024, 1024)
+"""So large that no other test's blocks would do."""
 
 
 def test_a_block_comes_back_when_its_last_tensor_is_gone():
-    first = reused(SHAPE, torch.float32).fill_(1)
+    first = reused(OWN_SHAPE, torch.float32).fill_(1)
     view, address = first[1], first.data_ptr()
     del first
     gc.collect()
-    other = reused(SHAPE, torch.float32).fill_(2)
+    other = reused(OWN_SHAPE, torch.float32).fill_(2)
     assert other.data_ptr() != address
     assert (view == 1).all()
     del view
     gc.collect()
-    assert reused(SHAPE, torch.float32).data_ptr() == address
+    assert reused(OWN_SHAPE, torch.float32).data_ptr() == address
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5, 7), SHAPE], ids=str)

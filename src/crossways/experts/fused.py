@@ -127,7 +127,7 @@ def _forward(
             "build it with Assignment.from_pairs, from_topk or from_mask"
         )
     half = int(x_TD.dtype == torch.bfloat16)
-    few = not save and library().crossways_few(ctypes.byref(problem), half)
+    few = library().crossways_few(ctypes.byref(problem), half)
     run = library().crossways_experts_few if few else library().crossways_experts_forward
     run(ctypes.byref(problem), half)
     return tensors["y"], kept

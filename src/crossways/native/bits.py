@@ -8,6 +8,7 @@ Legend: T tokens, E experts, W words of 64 experts, K experts per token, P pairs
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import c_double, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def _flat(choice: Tensor) -> tuple[Tensor, int, int]:
     """What lies (..., E) as the C++ parts read it, T and E. Nothing is reshaped: where caches are cold, as they are
     after experts, each PyTorch operation takes tens of microseconds."""
     choice, experts = _ready(choice, torch.float32), choice.shape[-1]
-    return choice, choice.numel() // max(experts, 1), experts
+    return choice, math.prod(choice.shape[:-1]), experts
 
 
 def _allowed(allowed: Bits | Tensor | None) -> Bits | None:
@@ -59,7 +60,7 @@ def _words(bits: Bits | None) -> c_void_p:
 def of_mask(mask: Tensor) -> Bits:
     """Of a boolean mask (..., E)."""
     mask, experts = mask.contiguous(), mask.shape[-1]
-    shape = mask.numel() // max(experts, 1), experts
+    shape = math.prod(mask.shape[:-1]), experts
     bits = _none(*shape)
     library().crossways_bits_of_mask(_at(mask), *map(c_int64, shape), _words(bits), _threads())
     return bits

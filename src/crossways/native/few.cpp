@@ -1,8 +1,8 @@
-// Expert compute for few tokens, forward only: a step of generation. The limit is reading the weights, so each is read
+// The forward pass for few tokens, such as a step of generation. The limit is reading the weights, so each is read
 // once, where it lies, in any width, and multiplied by all tokens of its expert. First all hidden values, then, after a
 // barrier, all outputs: each is made by one thread, so the sum does not depend on their number.
 //
-// Legend: T tokens, P pairs sorted by expert, D model width, F expert width, H rows of the first matrix.
+// Legend: T tokens, P pairs sorted by expert, E experts, D model width, F expert width, H rows of the first matrix.
 #include "activation.h"
 #include "few_rows.h"
 #include "problem.h"
@@ -24,14 +24,15 @@ inline int64_t share(int64_t n, int64_t me, int64_t team) {
 
 template <class T>
 struct Few {
-  const Problem& p;
-  const int64_t D = p.width, F = p.expert_width, H = p.gated ? 2 * F : F, stride = round_up(F, 16);
+  const Layer<T> l;
+  const Problem& p = l.p;
+  const int64_t D = l.D, F = l.F, H = l.H, stride = round_up(F, 16);
   std::vector<int64_t> busy;  // experts that have a token
   const float* x;             // (T, D)
   float *hidden, *value;      // (P, stride)
   float* sum;                 // (T, D)
 
-  explicit Few(const Problem& problem) : p(problem) {
+  explicit Few(const Problem& problem) : l(problem) {
     for (int64_t e = 0; e < p.experts; e++)
       if (load(e)) busy.push_back(e);
     const int64_t pairs = p.offsets[p.experts], size = p.tokens * D;
@@ -92,8 +93,18 @@ struct Few {
       }
       multiply(up, f1 - f0, D, gates, n);
       if (p.gated) multiply(up + F * D, f1 - f0, D, values, n);
+      for (int64_t i = 0; p.kept && i < n; i++) {
+        keep(e, f0, f1, pair + i, gates.out[i]);
+        if (p.gated) keep(e, F + f0, F + f1, pair + i, values.out[i]);
+      }
       for (int64_t i = 0; i < n; i++) activate<function>(gates.out[i], values.out[i], p.weight[pair + i], f1 - f0);
     });
+  }
+  // Rows [h0, h1) of what `up` returned for a pair, for backward.
+  void keep(int64_t e, int64_t h0, int64_t h1, int64_t pair, const float* from) const {
+    const int64_t in_panel = (pair - p.offsets[e]) % SIDE;
+    T* to = l.kept(e, h0, pair - in_panel) + in_panel;
+    for (int64_t h = 0; h < h1 - h0; h++) store(to + h * SIDE, _mm512_set1_ps(from[h]), 1);
   }
   template <Function function>
   void activate(float* gate, const float* value, float weight, int64_t count) const {
@@ -154,6 +165,5 @@ int crossways_few(const Problem* p, int half) {
   return p->tokens <= FEW_TOKENS && p->offsets[p->experts] <= most * busy;
 }
 
-// Nothing is kept for a backward pass.
 void crossways_experts_few(const Problem* p, int half) { half ? forward<bf16>(*p) : forward<float>(*p); }
 }
