@@ -79,7 +79,9 @@ def test_levels_are_whole_and_at_least_one_where_they_must_be():
 
 
 def test_kept_weights_are_those_among_the_own_experts(qwen):
-    """In a model that scales weights to sum to one, each pair that is still chosen weighs what it did."""
+    """In a model that scales weights to sum to one, each pair that is still chosen weighs what it did. In float64: the
+    two rules round differently, and this model makes a hundred times as much of it."""
+    qwen.double().set_experts_implementation("eager")  # torch's grouped product takes no float64
     qwen.model.layers[1].mlp.gate.norm_topk_prob = True
     qwen.model.layers[2].mlp.gate.norm_topk_prob = True
     qwen.model.layers[3].mlp.gate.norm_topk_prob = True
@@ -97,7 +99,7 @@ def test_kept_weights_are_those_among_the_own_experts(qwen):
         qwen(ids)
         cut = handle.blocks[0].routing.assignment.to_dense()
     assert ((cut > 0).sum(-1) == 2).all()
-    torch.testing.assert_close(cut[cut > 0], whole[cut > 0])
+    torch.testing.assert_close(cut[cut > 0], whole[cut > 0], check_dtype=False)
 
 
 def test_a_model_that_keeps_weights_anyway_needs_no_family_for_it(own):
