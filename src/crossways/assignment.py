@@ -74,6 +74,9 @@ class Assignment:
     def from_topk(cls, index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Assignment:
         """From the rectangular form of per-token selections: int64 (T, K) expert indices and their (T, K) weights."""
         num_tokens, k = index_TK.shape
+        if k and routing.ready(index_TK):
+            order_P, expert_P, offsets_E1 = routing.sort_pairs(index_TK.reshape(-1), num_experts)
+            return cls(order_P // k, expert_P, weight_TK.take(order_P), offsets_E1, num_tokens)
         token_P = torch.arange(num_tokens, device=index_TK.device).repeat_interleave(k)
         return cls.from_pairs(token_P, index_TK.reshape(-1), weight_TK.reshape(-1), num_tokens, num_experts)
 
