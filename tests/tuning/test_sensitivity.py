@@ -79,8 +79,8 @@ def test_levels_are_whole_and_at_least_one_where_they_must_be():
 
 
 def test_kept_weights_are_those_among_the_own_experts(qwen):
-    """In a model that scales weights to sum to one, each pair that is still chosen weighs what it did. In float64: the
-    two rules round differently, and this model makes a hundred times as much of it."""
+    """In a model that scales weights to sum to one, each pair that is still chosen weighs what it did. In float64:
+    the two rules round differently, and this model makes a hundred times as much of it."""
     qwen.double().set_experts_implementation("eager")  # torch's grouped product takes no float64
     qwen.model.layers[1].mlp.gate.norm_topk_prob = True
     qwen.model.layers[2].mlp.gate.norm_topk_prob = True
