@@ -1,6 +1,7 @@
 """Memory that is used again: the same block, never while somebody holds it."""
 
 import gc
+import resource
 
 import pytest
 import torch
@@ -26,6 +27,20 @@ def test_a_block_comes_back_when_its_last_tensor_is_gone():
     del view
     gc.collect()
     assert reused(OWN_SHAPE, torch.float32).data_ptr() == address
+
+
+def test_a_small_block_comes_back_though_a_large_one_waits():
+    """Who changes to smaller batches keeps the new blocks, not those of the large ones."""
+
+    def faults_of_filling(mebibytes):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        reused((mebibytes, 2**18), torch.float32).fill_(1)
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_of_filling(301)
+    faults_of_filling(101)
+    assert faults_of_filling(101) < 10
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5, 7), SHAPE], ids=str)

@@ -23,7 +23,7 @@ class Pool {
     auto found = waiting_.lower_bound(size);
     void* block = nullptr;
     if (found != waiting_.end() && found->first <= size + size / 4) {
-      block = found->second;
+      block = found->second.block;
       waits_ -= found->first;
       used_by_[block] = found->first;
       waiting_.erase(found);
@@ -43,9 +43,9 @@ class Pool {
     used_by_.erase(found);
     in_use_ -= size;
     madvise(block, size, MADV_FREE);
-    waiting_.emplace(size, block);
+    waiting_.emplace(size, Waiting{block, given_++});
     waits_ += size;
-    while (waits_ + in_use_ > most_) drop_smallest();
+    while (waits_ + in_use_ > most_) drop_oldest();
   }
 
  private:
@@ -61,17 +61,26 @@ class Pool {
     return memory + before;
   }
 
-  void drop_smallest() {
-    const auto first = waiting_.begin();
-    munmap(first->second, first->first);
-    waits_ -= first->first;
-    waiting_.erase(first);
+  // What has waited longest: of a batch size, or a model, that may not come again.
+  void drop_oldest() {
+    const auto oldest = std::min_element(waiting_.begin(), waiting_.end(), [](const auto& a, const auto& b) {
+      return a.second.since < b.second.since;
+    });
+    munmap(oldest->second.block, oldest->first);
+    waits_ -= oldest->first;
+    waiting_.erase(oldest);
   }
 
+  struct Waiting {
+    void* block;
+    uint64_t since;  // how many blocks had been given back before
+  };
+
   std::mutex mutex_;
-  std::multimap<size_t, void*> waiting_;
+  std::multimap<size_t, Waiting> waiting_;
   std::unordered_map<void*, size_t> used_by_;
   size_t waits_ = 0, in_use_ = 0, most_ = 0;
+  uint64_t given_ = 0;
 };
 
 // Never destroyed: tensors may outlive everything else at the end of a process.

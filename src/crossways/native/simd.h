@@ -79,7 +79,7 @@ inline void transpose(Words r[16]) {
 
 // e^x to about one unit in the last place: 2^n p(r), |r| <= ln 2 / 2 (Cody and Waite's reduction, degree 6).
 inline Vec exp(Vec x) {
-  const Vec top = _mm512_set1_ps(88.0296919311130f), bottom = _mm512_set1_ps(-87.3365447504019f);
+  const Vec top = _mm512_set1_ps(88.3762626647950f), bottom = _mm512_set1_ps(-87.3365447504019f);
   // min and max return their second operand for a NaN, so it stays one.
   x = _mm512_max_ps(bottom, _mm512_min_ps(top, x));
   Vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896f)), 8);
@@ -92,9 +92,7 @@ inline Vec exp(Vec x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
   p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  // 2^n by its bits, n being in [-126, 127]: VSCALEFPS takes as long as all the rest ten times over on some processors.
-  Words power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
-  return _mm512_mul_ps(p, _mm512_castsi512_ps(power));
+  return _mm512_scalef_ps(p, n);
 }
 
 // 1 / x for finite x >= 1: an estimate and one step of Newton's method, twice as fast as a division.
