@@ -5,30 +5,7 @@
 #include <vector>
 
 #include "bits.h"
-
-// 16 rows of 16 numbers, with rows and columns exchanged.
-inline void turn(__m512i* row) {
-  __m512i two[16], four[16];
-  for (int i = 0; i < 16; i += 2) {
-    two[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-    two[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      four[i + 2 * j] = _mm512_unpacklo_epi64(two[i + j], two[i + j + 2]);
-      four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + j + 2]);
-    }
-  for (int c = 0; c < 4; c++) {
-    const __m512i even = _mm512_shuffle_i32x4(four[c], four[4 + c], 0x88);
-    const __m512i odd = _mm512_shuffle_i32x4(four[c], four[4 + c], 0xdd);
-    const __m512i last_even = _mm512_shuffle_i32x4(four[8 + c], four[12 + c], 0x88);
-    const __m512i last_odd = _mm512_shuffle_i32x4(four[8 + c], four[12 + c], 0xdd);
-    row[c] = _mm512_shuffle_i32x4(even, last_even, 0x88);
-    row[4 + c] = _mm512_shuffle_i32x4(odd, last_odd, 0x88);
-    row[8 + c] = _mm512_shuffle_i32x4(even, last_even, 0xdd);
-    row[12 + c] = _mm512_shuffle_i32x4(odd, last_odd, 0xdd);
-  }
-}
+#include "simd.h"
 
 // What is not allowed comes just above what does not exist, so that it is still somebody's last choice.
 constexpr int32_t CLOSED = NOBODY + 1;
@@ -53,7 +30,7 @@ struct Sixteen {
         const __m512i key = keys_of(_mm512_maskz_loadu_ps(real, x + (first + i) * experts + 16 * piece));
         row[i] = _mm512_mask_mov_epi32(row[i], may.open(first + i, piece), key);
       }
-      turn(row);
+      crossways::transpose(row);
     }
   }
 
