@@ -153,21 +153,39 @@ void gather_inputs(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
   }
 }
 
+// Where rows of a weight gradient, and columns, go.
+template <class T>
+struct Place {
+  T* at;
+  int64_t stride, rows, columns;
+  // In float32 blocks go there straight from the registers, past the caches, if all of it exists and begins a line.
+  bool straight(int64_t all_rows, int64_t all_columns) const {
+    return Kind<T>::per_word == 1 && rows >= all_rows && columns >= all_columns && stride % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(at) % 64 == 0;
+  }
+};
+
 // A weight gradient: for every 32 of `rows` rows, left rows at `left` (whose panels hold `all` rows) times `right`.
-// Experts of several groups add up in `total`; the last group writes, by `put(block, row, panel)`, a few blocks at once
+// Experts of several groups add up in `total`; the last group writes to `place(row, column)`, a few blocks at once
 // while they are in the first-level cache.
-template <class T, class Put>
+template <class T, class PlaceOf>
 void weight_gradient(const T* left, int64_t all, int64_t rows, const Right& right, int64_t columns, int64_t pairs,
-                     float* c, float* total, bool first, bool last, Put&& put) {
+                     float* c, float* total, bool first, bool last, PlaceOf&& place) {
   for (int64_t r = 0; r < rows; r += SIDE) {
     const T* at = left + r * SIDE;
     const Left<T> these{{at, at + 16 * SIDE}, SIDE, (all + GAP<T>)*SIDE};
     for (int64_t column = 0; column < columns; column += WRITTEN) {
       const Right some{right.words + column / SIDE * right.panel, right.row, right.step, right.panel};
       const int64_t count = std::min(columns - column, WRITTEN);
-      float* to = total ? total + r * columns + column * SIDE : c;
-      product<T>(these, some, count, pairs, to, !first);
-      for (int64_t i = 0; last && i < count; i += SIDE) put(to + i * SIDE, r, column + i);
+      const Place<T> to = place(r, column);
+      if (!total && pairs <= Kind<T>::chunk * SIDE && to.straight(SIDE, count)) {
+        product<T>(these, some, count, pairs, Out(reinterpret_cast<float*>(to.at), to.stride));
+        continue;
+      }
+      float* sums = total ? total + r * columns + column * SIDE : c;
+      product<T>(these, some, count, pairs, sums, !first);
+      for (int64_t i = 0; last && i < count; i += SIDE)
+        put_block(sums + i * SIDE, to.at + i, to.stride, to.rows, to.columns - i);
     }
   }
 }
@@ -200,16 +218,16 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
     if (grad_down) {
       grad_y_to_left(l, g, b);
       weight_gradient(b.grad_y_left, Dp, D, panels_of(b.hidden, g.count), depth, g.count, b.c, down_total, first, last,
-                      [&](const float* block, int64_t d, int64_t f) {
-                        put_block(block, grad_down + d * F + s.f0 + f, F, D - d, F - s.f0 - f);
+                      [&](int64_t d, int64_t f) {
+                        return Place<T>{grad_down + d * F + s.f0 + f, F, D - d, F - s.f0 - f};
                       });
     }
     if (grad_up) {
       gather_inputs(l, g, b);
       weight_gradient(b.grad_up_left, rows, rows, panels_of(b.inputs, g.count), Dp, g.count, b.c, up_total, first, last,
-                      [&](const float* block, int64_t r, int64_t d) {
+                      [&](int64_t r, int64_t d) {
                         const int64_t f = s.f0 + r % depth, row = r < depth ? f : F + f;
-                        put_block(block, grad_up + row * D + d, D, F - f, D - d);
+                        return Place<T>{grad_up + row * D + d, D, F - f, D - d};
                       });
     }
     if (!sum) return;

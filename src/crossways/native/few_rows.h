@@ -46,8 +46,8 @@ struct Strip {
 };
 
 // Multiply `rows` rows by n vectors from number i0; sums of the first row are the r0-th.
-template <int rows, int n, class T>
-[[gnu::noinline]] void multiply(const Strip<T>& strip, const Columns& columns, int64_t i0, int64_t r0) {
+template <int rows, int n, class S>
+[[gnu::noinline]] void multiply(const S& strip, const Columns& columns, int64_t i0, int64_t r0) {
   Vec sum[rows < 4 ? 4 : rows][n] = {};
   const float* const* x = columns.x + i0;
   auto step = [&](int64_t k, __mmask16 mask) {
@@ -74,8 +74,8 @@ template <int rows, int n, class T>
       for (int j = 0; j < std::min(rows, 4); j++) columns.out[i0 + i][r0 + (r + j) * strip.apart] += sums[j];
     }
 }
-template <int rows, class T>
-inline void multiply(const Strip<T>& strip, const Columns& columns, int64_t i0, int64_t n, int64_t r0) {
+template <int rows, class S>
+inline void multiply(const S& strip, const Columns& columns, int64_t i0, int64_t n, int64_t r0) {
   constexpr int fewer = std::min(rows, 4);  // callers with eight rows have at most three vectors
   switch (n) {
     case 1: return multiply<rows, 1>(strip, columns, i0, r0);

@@ -21,12 +21,14 @@ Right panels_of(const T* words, int64_t depth) {
   return {reinterpret_cast<const uint32_t*>(words), SIDE, BLOCK / per, round_up(depth, SIDE) * SIDE / per};
 }
 
-// The same with columns laid out for few tokens where that is faster; `thin` is the space for it.
+// The same with the last columns laid out as thin ones, if they are few; `thin` is the space for it.
 template <class T>
 Right panels_for(const T* words, int64_t depth, int64_t columns, float* thin) {
   Right right = panels_of(words, depth);
-  if (Kind<T>::per_word > 1 || columns > THIN) return right;
-  thin_columns(reinterpret_cast<const float*>(words), depth, thin);
+  const int64_t wide = columns - thin_of(columns);
+  if (Kind<T>::per_word > 1 || wide == columns) return right;
+  const auto* panel = reinterpret_cast<const float*>(right.words + wide / SIDE * right.panel);
+  thin_columns(panel, wide % SIDE, depth, thin);
   right.thin = thin;
   return right;
 }
@@ -78,13 +80,21 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
   const Problem& p = l.p;
   const int64_t D = l.D, F = l.F, depth = s.f1 - s.f0, padded = round_up(depth, SIDE), most = l.group() / SIDE;
   constexpr int64_t step = gated ? 16 : 32;
-  scratch.reserve((most + 1) * SIDE * (l.Dp + padded) * sizeof(T) + most * BLOCK * 4 + THIN * thin_stride(std::max(l.Dp, padded)) * 4 + 4096);
+  scratch.reserve((most + 1) * SIDE * (l.Dp + padded) * sizeof(T) + most * BLOCK * 4 + 16 * thin_stride(std::max(l.Dp, padded)) * 4 + 4096);
   T* inputs = scratch.take<T>(most * SIDE * l.Dp);
   T* hidden = scratch.take<T>(most * SIDE * padded);
   T* packed = scratch.take<T>(SIDE * std::max(l.Dp, padded));
   float* c = scratch.take<float>(most * BLOCK);
-  float* thin = scratch.take<float>(THIN * thin_stride(std::max(l.Dp, padded)));
+  float* thin = scratch.take<float>(16 * thin_stride(std::max(l.Dp, padded)));
   const T *up = l.up(s.expert), *down = l.down(s.expert);
+  // What the next 32 rows of a matrix are, if they lie there in one piece, or in two for gate and value.
+  const int64_t up_bytes = 16 * D * sizeof(T), down_bytes = 16 * F * sizeof(T);
+  auto up_ahead = [&](int64_t f) {
+    return F - f < 16 ? Ahead{} : Ahead(up + f * D, up + (gated ? F + f : f + 16) * D, up_bytes);
+  };
+  auto down_ahead = [&](int64_t d) {
+    return depth < F || D - d < SIDE ? Ahead{} : Ahead(down + d * F, down + (d + 16) * F, down_bytes);
+  };
   auto up_rows = [&](int64_t f) { return Left<T>{{up + f * D, up + (gated ? F + f : f + 16) * D}, D, SIDE}; };
   auto down_rows = [&](int64_t d) { return Left<T>{{down + d * F + s.f0, down + (d + 16) * F + s.f0}, F, SIDE}; };
   for_groups(l, s.expert, [&](const Group& g, bool, bool) {
@@ -96,17 +106,16 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
     const Right tokens = panels_for(inputs, D, g.count, thin);
     for (int64_t f = s.f0; f < s.f0 + padded; f += step) {
       const int64_t rows[2] = {F - f, gated ? F - f : F - f - 16};
-      const Left<T> next = f + step < s.f0 + padded ? up_rows(f + step) : down_rows(0);
-      product(left_of(up_rows(f), rows, D, packed), tokens, g.count, D, c, false, &next);
+      product<T>(left_of(up_rows(f), rows, D, packed), tokens, g.count, D, c, false,
+                 f + step < s.f0 + padded ? up_ahead(f + step) : down_ahead(0));
       for (int64_t i = 0; i < g.panels(); i++)
         activate<T, function, gated>(l, g, i, s, f, c + i * BLOCK, hidden + i * padded * SIDE);
     }
     const Right activated = panels_for(hidden, depth, g.count, thin);
     for (int64_t d = 0; d < D; d += SIDE) {
       const int64_t rows[2] = {D - d, D - d - 16};
-      const Left<T> next = down_rows(d + SIDE < D ? d + SIDE : d);
-      product(left_of(down_rows(d), rows, depth, packed), activated, g.count, depth, c, false, &next,
-              [&](int64_t i) { fetch_sums(p, g, i, sum, d, D); });
+      product<T>(left_of(down_rows(d), rows, depth, packed), activated, g.count, depth, c, false, down_ahead(d + SIDE),
+                 [&](int64_t i) { fetch_sums(p, g, i, sum, d, D); });
       for (int64_t i = 0; i < g.panels(); i++) add_sums(p, g, i, c + i * BLOCK, sum, d, D);
     }
   });

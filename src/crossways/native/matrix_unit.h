@@ -24,8 +24,9 @@ struct Tiles {
 
 // One block on the matrix unit; with `both` false its right half is left as it is.
 template <bool both>
-inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, int64_t from, int64_t to, float* c,
-                  bool add, const Ahead<bf16>& ahead) {
+inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, int64_t from, int64_t to,
+                  const Out& out, bool add, Ahead& ahead) {
+  float* const c = out.at;
   if (add) {
     _tile_loadd(0, c, 128);
     _tile_loadd(2, c + 512, 128);
@@ -49,7 +50,7 @@ inline void block(const Left<bf16>& a, const uint32_t* b, const Right& right, in
     _tile_loadd(5, tail ? a.tail + BLOCK / 2 : a.half[1] + s * a.step, row);
     _tile_dpbf16ps(2, 5, 6);
     if (both) _tile_dpbf16ps(3, 5, 7);
-    ahead.fetch(s);
+    ahead.fetch();
   }
   _tile_stored(0, c, 128);
   _tile_stored(2, c + 512, 128);
@@ -62,8 +63,7 @@ struct Tiles {
   Tiles() {}
 };
 template <bool both>
-inline void block(const Left<bf16>&, const uint32_t*, const Right&, int64_t, int64_t, float*, bool,
-                  const Ahead<bf16>&) {}
+inline void block(const Left<bf16>&, const uint32_t*, const Right&, int64_t, int64_t, const Out&, bool, Ahead&) {}
 #endif
 
 }  // namespace crossways

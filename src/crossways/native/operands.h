@@ -17,11 +17,13 @@ template <>
 struct Kind<float> {
   static constexpr int per_word = 1;
   static constexpr int chunk = 8;  // steps after which the right operand would leave the first-level cache
+  static constexpr int blocks = 4;  // into which a block's rows are split
 };
 template <>
 struct Kind<bf16> {
   static constexpr int per_word = 2;
   static constexpr int chunk = 8;
+  static constexpr int blocks = 1;
 };
 
 // Where the two halves of 32 left rows lie: element (r, s) of half h is half[h][r * row + s / 32 * step + s % 32]. The
@@ -33,21 +35,40 @@ struct Left {
   const T* tail = nullptr;
 };
 
-// Which rows of the left operand that comes next to bring into the cache.
-template <class T>
+// Left rows that are columns of something: element (r, s) is at[s * SIDE + r]. In float32 only.
+struct Turned {
+  const float* at;
+};
+
+// Where the blocks of a product go: element (r, c) of panel p is at[p * panel + r * row + c]. `past` the caches, or not.
+struct Out {
+  float* at;
+  int64_t row = SIDE, panel = BLOCK;
+  bool past = false;
+  Out(float* c) : at(c) {}
+  Out(float* matrix, int64_t stride) : at(matrix), row(stride), panel(SIDE), past(true) {}
+};
+
+// What is needed next and lies in memory in one piece or two: brought into the cache a little with every step.
+//
+// In the order of memory, not row beside row: only then does the processor run ahead on its own, and a core cannot wait
+// for enough lines at once without that.
 struct Ahead {
-  const Left<T>* left;
-  int64_t first, last;
-  Ahead part(int64_t at, int64_t count) const {  // the share of `count` of 32 rows of the operand at work
-    return {left, first + (last - first) * at / SIDE, first + (last - first) * (at + count) / SIDE};
-  }
-  void fetch(int64_t s) const {
-    if (!left) return;
-    for (int64_t r = first; r < last; r++) {
-      auto* at = reinterpret_cast<const char*>(left->half[r / 16] + r % 16 * left->row + s * left->step);
-      // GCC takes a function that only prefetches for one without effect and drops the call: hence assembly.
-      for (size_t line = 0; line < SIDE * sizeof(T); line += 64) asm volatile("prefetcht1 %0" : : "m"(at[line]));
-    }
+  const char* at[2] = {};
+  int64_t left = 0, every = 0;  // lines of each piece that are to come; of each piece at every step
+  Ahead() = default;
+  // Both pieces are of `bytes`; the second may be null.
+  Ahead(const void* first, const void* second, int64_t bytes)
+      : at{static_cast<const char*>(first), static_cast<const char*>(second)}, left((bytes + 63) / 64) {}
+  void spread(int64_t steps) { every = (left + steps - 1) / steps; }
+  void fetch() {
+    // GCC takes a function that only prefetches for one without effect and drops the call: hence assembly.
+    for (int64_t i = std::min(every, left); i > 0; i--, left--)
+      for (auto& piece : at)
+        if (piece) {
+          asm volatile("prefetcht1 %0" : : "m"(*piece));
+          piece += 64;
+        }
   }
 };
 

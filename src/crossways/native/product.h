@@ -14,30 +14,34 @@ struct Nothing {
   void operator()(int64_t) const {}
 };
 
-// c[p] (32 x 32 each) = left (32 x depth) times panel p, or added to what c holds, for `columns` columns of panels.
-// Of a last panel of at most 16 columns the right half of c is left as it is. While it computes it fetches the rows of
-// `next`, if given; but for few columns memory is the limit, and the processor's own foresight uses it better.
-// `meanwhile(p)` is called as panel p begins: for fetching what is to be done with its block.
+// out (panels of 32 x 32) = left (32 x depth) times panel p, or added to what it holds, for `columns` columns of panels.
+// Of a last panel of at most 16 columns the right half of the block is left as it is. Meanwhile it fetches what is
+// `ahead`. `meanwhile(p)` is called as panel p begins: for fetching what is to be done with its block.
 //
 // Nothing else is done between the blocks: it would drive the left rows out of the first-level cache.
-template <class T, class Meanwhile = Nothing>
-inline void product(const Left<T>& left, const Right& right, int64_t columns, int64_t depth, float* c,
-                    bool add = false, const Left<T>* next = nullptr, Meanwhile&& meanwhile = {}) {
-  if (right.thin) return thin_product(left, right.thin, columns, depth, c);
+template <class T, class L, class Meanwhile = Nothing>
+inline void product(const L& left, const Right& right, int64_t columns, int64_t depth, Out out, bool add = false,
+                    Ahead ahead = {}, Meanwhile&& meanwhile = {}) {
   constexpr int64_t chunk = Kind<T>::chunk * SIDE;
-  const int64_t panels = (columns + SIDE - 1) / SIDE;
+  const int64_t thin = thin_of(left, right, columns), wide = columns - thin, panels = (wide + SIDE - 1) / SIDE;
+  const Out to = out;
+  ahead.spread((Kind<T>::blocks * panels + (thin ? Kind<T>::blocks : 0)) * ((depth + SIDE - 1) / SIDE));
   for (int64_t from = 0; from < depth; from += chunk) {
-    const int64_t to = std::min(depth, from + chunk);
+    const int64_t until = std::min(depth, from + chunk);
     for (int64_t p = 0; p < panels; p++) {
       if (from == 0) meanwhile(p);
       const uint32_t* words = right.words + p * right.panel;
-      const Ahead<T> ahead{columns > SIDE ? next : nullptr, SIDE * p / panels, SIDE * (p + 1) / panels};
-      if (columns - p * SIDE > 16)
-        block<true>(left, words, right, from, to, c + p * BLOCK, add || from > 0, ahead);
+      out.at = to.at + p * out.panel;
+      if (wide - p * SIDE > 16)
+        block<true>(left, words, right, from, until, out, add || from > 0, ahead);
       else
-        block<false>(left, words, right, from, to, c + p * BLOCK, add || from > 0, ahead);
+        block<false>(left, words, right, from, until, out, add || from > 0, ahead);
     }
   }
+  if (!thin) return;
+  if (wide % SIDE == 0) meanwhile(panels);
+  out.at = to.at + wide / SIDE * out.panel + wide % SIDE;
+  thin_block(left, right, wide, thin, depth, out, add, ahead);
 }
 
 }  // namespace crossways

@@ -1,46 +1,109 @@
-// Float32 products by few columns.
+// Float32 products by few columns: those that do not fill a vector.
+//
+// A vector of 16 columns takes as long for one as for 16, so up to THIN columns, the last of many or all there are, are
+// multiplied the other way: vectors go along the left rows.
 #pragma once
+#include "few_rows.h"
 #include "operands.h"
 
 namespace crossways {
 
-// At most THIN columns of a float32 panel, one after the other. The products of few tokens read
-// weights as fast as memory gives them only when they read one row after the other.
-constexpr int THIN = 16;
-inline int64_t thin_stride(int64_t depth) { return round_up(depth, SIDE) + 16; }  // not all in one set of the cache
-inline void thin_columns(const float* panel, int64_t depth, float* out) {
+// Up to how many columns are thin: beside others, and alone, where reading the left rows takes longer anyway.
+constexpr int THIN = 10, THIN_ALONE = 16;
+
+// How many of `columns` columns, the last ones, are thin.
+inline int64_t thin_of(int64_t columns, int64_t alone = THIN_ALONE) {
+  const int64_t rest = columns % 16;
+  return columns <= alone ? columns : rest <= THIN ? rest : 0;
+}
+inline int64_t thin_of(const Left<float>& left, const Right& right, int64_t columns) {
+  return right.thin && left.step == SIDE ? thin_of(columns) : 0;
+}
+inline int64_t thin_of(const Turned&, const Right&, int64_t columns) { return thin_of(columns, THIN); }
+inline int64_t thin_of(const Left<bf16>&, const Right&, int64_t) { return 0; }
+
+// Thin columns one after the other: distance from one to the next, not all in one set of the cache.
+inline int64_t thin_stride(int64_t depth) { return round_up(depth, SIDE) + 16; }
+// Column `first` and those after it, up to the next multiple of 16, of a float32 panel.
+inline void thin_columns(const float* panel, int64_t first, int64_t depth, float* out) {
   const int64_t stride = thin_stride(depth);
   Words square[16];
   for (int64_t k = 0; k < round_up(depth, SIDE); k += 16) {
-    for (int i = 0; i < 16; i++) square[i] = _mm512_loadu_si512(panel + (k + i) * SIDE);
+    for (int i = 0; i < 16; i++) square[i] = _mm512_loadu_si512(panel + (k + i) * SIDE + first);
     transpose(square);
-    for (int i = 0; i < THIN; i++) _mm512_storeu_si512(out + i * stride + k, square[i]);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * stride + k, square[i]);
   }
 }
 
-template <int columns>
-inline void thin_block(const Left<float>& a, const float* b, int64_t stride, int64_t depth, float* c) {
-  for (int r = 0; r < SIDE; r++) {
-    const float* row = a.half[r / 16] + r % 16 * a.row;
-    Vec sum[columns] = {};
-    for (int64_t k = 0; k < depth; k += 16) {
-      Vec x = load(row + k / SIDE * a.step + k % SIDE, first16(depth - k));
-#pragma GCC unroll 16
-      for (int i = 0; i < columns; i++) sum[i] = _mm512_fmadd_ps(x, _mm512_loadu_ps(b + i * stride + k), sum[i]);
+// Some left rows that are multiplied at once.
+struct ThinStrip {
+  const float* first;
+  int64_t distance, width, apart;  // from row to row: of the left operand, its length, of the sums
+  Ahead& ahead;
+  const float* row(int64_t r) const { return first + r * distance; }
+  void ask(int64_t k) const {
+    if (k % SIDE == 0) ahead.fetch();
+  }
+};
+
+// The number of steps at which `thin_block` fetches, for every 32 summed values.
+inline int64_t thin_steps(int64_t columns) {
+  return columns <= 3 ? SIDE / 8 : SIDE / 4 * ((columns + TOGETHER - 1) / TOGETHER);
+}
+
+// The last `count` columns of `right`, from column `first` on, to columns of a block that begin at `out`.
+inline void thin_block(const Left<float>& left, const Right& right, int64_t, int64_t count, int64_t depth,
+                       const Out& out, bool, Ahead& ahead) {
+  const float* columns = right.thin;
+  Columns to;
+  for (int64_t i = 0; i < count; i++) to.x[i] = columns + i * thin_stride(depth), to.out[i] = out.at + i;
+  for (int64_t r = 0; r < SIDE; r++) std::fill_n(out.at + r * out.row, count, 0.0f);
+  const int64_t rows = count <= 3 ? 8 : 4;
+  for (int64_t r = 0; r < SIDE; r += rows) {
+    const ThinStrip strip{left.half[r / 16] + r % 16 * left.row, left.row, depth, out.row, ahead};
+    for (int64_t i = 0; i < count; i += TOGETHER) {
+      const int64_t n = std::min<int64_t>(TOGETHER, count - i);
+      rows == 8 ? multiply<8>(strip, to, i, n, r * out.row) : multiply<4>(strip, to, i, n, r * out.row);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < columns; i++) c[r * SIDE + i] = _mm512_reduce_add_ps(sum[i]);
   }
 }
 
-inline void thin_product(const Left<float>& a, const float* b, int64_t columns, int64_t depth, float* c) {
-  const int64_t stride = thin_stride(depth);
-  if (columns == 1) return thin_block<1>(a, b, stride, depth, c);
-  if (columns == 2) return thin_block<2>(a, b, stride, depth, c);
-  if (columns <= 4) return thin_block<4>(a, b, stride, depth, c);
-  if (columns <= 8) return thin_block<8>(a, b, stride, depth, c);
-  thin_block<THIN>(a, b, stride, depth, c);
+// The same of a matrix the other way round, whose rows are vectors of sums; `panel` begins with the first column.
+template <int count>
+[[gnu::noinline]] void thin_turned(const Turned& left, const float* panel, int64_t depth, const Out& out, bool add,
+                                   Ahead& ahead) {
+  Vec sum[2][count] = {};
+  for (int64_t s = 0; s < depth; s++) {
+    const Vec low = _mm512_loadu_ps(left.at + s * SIDE), high = _mm512_loadu_ps(left.at + s * SIDE + 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) {
+      const Vec x = _mm512_set1_ps(panel[s * SIDE + i]);
+      sum[0][i] = _mm512_fmadd_ps(low, x, sum[0][i]);
+      sum[1][i] = _mm512_fmadd_ps(high, x, sum[1][i]);
+    }
+    if (s % SIDE == 0) ahead.fetch();
+  }
+  for (int h = 0; h < 2; h++) {
+    Words square[16] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) square[i] = _mm512_castps_si512(sum[h][i]);
+    transpose(square);
+    for (int r = 0; r < 16; r++) {
+      float* const to = out.at + (16 * h + r) * out.row;
+      const Vec x = _mm512_castsi512_ps(square[r]);
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), x) : x);
+    }
+  }
 }
-inline void thin_product(const Left<bf16>&, const float*, int64_t, int64_t, float*) {}
+inline void thin_block(const Turned& left, const Right& right, int64_t first, int64_t count, int64_t depth,
+                       const Out& out, bool add, Ahead& ahead) {
+  const float* panel = reinterpret_cast<const float*>(right.words) + first / SIDE * right.panel + first % SIDE;
+  if (count <= 2) return thin_turned<2>(left, panel, depth, out, add, ahead);
+  if (count <= 4) return thin_turned<4>(left, panel, depth, out, add, ahead);
+  if (count <= 6) return thin_turned<6>(left, panel, depth, out, add, ahead);
+  if (count <= 8) return thin_turned<8>(left, panel, depth, out, add, ahead);
+  thin_turned<THIN>(left, panel, depth, out, add, ahead);
+}
+inline void thin_block(const Left<bf16>&, const Right&, int64_t, int64_t, int64_t, const Out&, bool, Ahead&) {}
 
 }  // namespace crossways
