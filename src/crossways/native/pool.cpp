@@ -1,8 +1,8 @@
 // Large blocks of memory that are used again: fresh pages cost more than what is computed into them.
 //
-// Gradients and what backward needs come and go in every step. Blocks that came back wait here, marked as free for the
-// kernel to take whenever memory is short; one that it did not take is written again at no cost. No more waits than
-// was in use at once.
+// Gradients and what backward needs come and go in every step. Blocks that came back wait here; no more waits than was
+// in use at once. Those that wait long are marked as free, for the kernel to take whenever memory is short. Not at once:
+// a block that is marked, only to be written again in the next step, costs two walks through its pages.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 namespace {
 
 constexpr size_t HUGE_PAGE = 1 << 21;
+constexpr uint64_t PATIENCE = 64;  // how many blocks are given back until one that waits counts as waiting long
 
 class Pool {
  public:
@@ -42,10 +43,11 @@ class Pool {
     const size_t size = found->second;
     used_by_.erase(found);
     in_use_ -= size;
-    madvise(block, size, MADV_FREE);
     waiting_.emplace(size, Waiting{block, given_++});
     waits_ += size;
     while (waits_ + in_use_ > most_) drop_oldest();
+    for (auto& [bytes, one] : waiting_)
+      if (!one.marked && given_ - one.since > PATIENCE) one.marked = madvise(one.block, bytes, MADV_FREE) == 0;
   }
 
  private:
@@ -74,6 +76,7 @@ class Pool {
   struct Waiting {
     void* block;
     uint64_t since;  // how many blocks had been given back before
+    bool marked = false;
   };
 
   std::mutex mutex_;
