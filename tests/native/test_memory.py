@@ -2,12 +2,16 @@
 
 import gc
 import resource
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from crossways.assignment import Assignment
+from crossways.experts import Activation, compute_experts
 from crossways.native import why_not_native
-from crossways.native.memory import reused
+from crossways.native.memory import reused, settle
 
 pytestmark = pytest.mark.skipif(why_not_native() is not None, reason=str(why_not_native()))
 
@@ -52,3 +56,54 @@ def test_it_is_a_plain_tensor(shape, dtype):
     assert x.is_contiguous()
     assert not x.requires_grad
     assert (x.fill_(3) + 1 == 4).all()
+
+
+def kibibytes_on_large_pages(tensor):
+    """Of the mappings in which the tensor lies, as the kernel counts them."""
+    inside, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            first, last = (int(part, 16) for part in words[0].split("-"))
+            inside = first < tensor.data_ptr() + tensor.nbytes and tensor.data_ptr() < last
+        elif inside and words[0] == "AnonHugePages:":
+            total += int(words[1])
+    return total
+
+
+@pytest.fixture
+def matrices():
+    """32 MB, on small pages; skips where they cannot be moved."""
+    tensor = torch.ones(8, 1024, 1024)
+    if kibibytes_on_large_pages(tensor):
+        pytest.skip("this system gives everybody large pages")
+    probe = torch.ones(8, 1024, 1024)
+    settle(probe)
+    if not kibibytes_on_large_pages(probe):
+        pytest.skip("this system moves nothing to large pages")
+    return tensor
+
+
+def test_settled_tensors_keep_address_and_content(matrices):
+    address, content = matrices.data_ptr(), matrices.clone()
+    settle(matrices)
+    assert kibibytes_on_large_pages(matrices) >= 28 * 1024
+    assert matrices.data_ptr() == address
+    assert torch.equal(matrices, content)
+
+
+@pytest.mark.parametrize("tokens", [4, 400])  # few have a kernel of their own
+def test_experts_settle_their_matrices(matrices, tokens):
+    up, down = matrices[:4].view(2, 2048, 1024), torch.ones(2, 1024, 1024)
+    chosen = Assignment.from_topk(torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1), 2)
+    begin = time.monotonic()
+    while kibibytes_on_large_pages(up) < 12 * 1024:
+        compute_experts(torch.ones(tokens, 1024), chosen, up, down, Activation("swiglu"), "fused")
+        assert time.monotonic() - begin < 60  # other tests of this process may have used up what is for free
+
+
+@pytest.mark.parametrize("size", [0, 3, 2**19])
+def test_what_fills_no_large_page_stays(size):
+    tensor = torch.arange(size, dtype=torch.float32)
+    settle(tensor)
+    assert torch.equal(tensor, torch.arange(size, dtype=torch.float32))

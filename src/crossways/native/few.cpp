@@ -5,7 +5,7 @@
 // Legend: T tokens, P pairs sorted by expert, E experts, D model width, F expert width, H rows of the first matrix.
 #include "activation.h"
 #include "few_rows.h"
-#include "problem.h"
+#include "settle.h"
 
 using namespace crossways;
 
@@ -165,5 +165,8 @@ int crossways_few(const Problem* p, int half) {
   return p->tokens <= FEW_TOKENS && p->offsets[p->experts] <= most * busy;
 }
 
-void crossways_experts_few(const Problem* p, int half) { half ? forward<bf16>(*p) : forward<float>(*p); }
+void crossways_experts_few(const Problem* p, int half) {
+  const Settled settled(*p, half);
+  half ? forward<bf16>(*p) : forward<float>(*p);
+}
 }

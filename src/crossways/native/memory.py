@@ -39,3 +39,12 @@ def reused(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     block = (ctypes.c_char * size).from_address(address)
     weakref.finalize(block, give, address).atexit = False  # the tensor keeps the block, the block gives back
     return torch.frombuffer(block, dtype=dtype, count=count).view(tuple(shape))
+
+
+def settle(tensor: Tensor) -> None:
+    """Move a contiguous CPU tensor to large pages now, at the address that it has.
+
+    `fused` does so by itself with matrices that it computes with, in the first second of such work all of them, of
+    larger models a little with every pass. Where the system cannot, or forbids it, nothing happens.
+    """
+    library().crossways_settle(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
