@@ -5,44 +5,45 @@
 
 namespace crossways {
 
-// Left rows of bfloat16 lie this far apart from panel to panel, beyond their number: at a multiple of 4 KB all panels
-// would share a few sets of the first-level cache.
+// Left rows of bfloat16 lie this far apart from panel to panel, beyond their number, for the same reason as LONGER.
 template <class T>
 constexpr int64_t GAP = Kind<T>::per_word == 1 ? 0 : SIDE;
 
 // How many columns of a weight gradient are written at once.
 constexpr int64_t WRITTEN = 64;
 
-// Working memory. Left rows and right panels of float32 are the same numbers in the same order, kept once.
+// Working memory.
 template <class T>
 struct Buffers {
-  T *down_columns, *up_columns;      // the expert's matrices, transposed; parts of them if there is one group
-  T *grad_y, *grad_y_left;           // gradient of y, as right panels and as left rows
-  T* inputs;                         // right panels whose columns are input features and that sum over pairs
-  T* hidden;                         // the same of weighted hidden values
-  T *grad_up, *grad_up_left;         // gradient of what `up` returned, as right panels and as left rows
-  float *c, *weight_grads;           // blocks; sums over groups, for experts of several
-  Vec* weight_sums;                  // gradients of the routing weights
+  T *down, *up;                  // parts of the expert's matrices as right operands; all of them if there are several groups
+  T *grad_y, *grad_y_left;       // gradient of y: a row for each pair; as left rows that sum over pairs
+  T *panel;                      // one right panel of what has D values
+  T* inputs;                     // right panels whose columns are input features and that sum over pairs
+  T* hidden;                     // the same of weighted hidden values
+  T *grad_up, *grad_up_left;     // gradient of what `up` returned, in both ways
+  float *c, *weight_grads;       // sums; sums over groups, for experts of several
+  Vec* weight_sums;              // gradients of the routing weights
+  int64_t grad_y_row, grad_up_row;  // values from one pair to the next
 
   // `rows`: of the gradient of `up`; `depth`: hidden rows; `several`: whether there is more than one group.
-  Buffers(const Layer<T>& l, int64_t depth, int64_t rows, bool several) {
-    constexpr bool same = Kind<T>::per_word == 1;
-    const int64_t pairs = l.group(), blocks = std::max({pairs, l.Dp, depth}) / SIDE;
-    const int64_t down_values = several ? l.Dp * depth : std::max(l.Dp * COLUMNS, depth * ROWS);
-    const int64_t up_values = several ? rows * l.Dp : std::max(rows * COLUMNS, l.Dp * ROWS);
-    const int64_t values = down_values + up_values + pairs * (3 * l.Dp + depth + 2 * rows + 2 * GAP<T>);
-    const int64_t block_values = std::max(blocks * BLOCK, SUMS);
-    const int64_t floats = block_values + (several ? l.Dp * (depth + rows) : 0) + pairs;
+  Buffers(const Layer<T>& l, int64_t depth, int64_t rows, Transposed<T>& to_hidden, Transposed<T>& to_inputs)
+      : grad_y_row(l.Dp + LONGER<T>), grad_up_row(rows + LONGER<T>) {
+    const bool several = to_hidden.several;
+    const int64_t pairs = l.group(), down_values = to_hidden.packed_size(), up_values = to_inputs.packed_size();
+    const int64_t values = down_values + up_values + SIDE * l.Dp + pairs * (3 * l.Dp + depth + 2 * rows + 2 * GAP<T> + 2 * LONGER<T>);
+    const int64_t sums = std::max({Transposed<T>::sums(pairs), WRITTEN * SIDE});
+    const int64_t floats = sums + (several ? l.Dp * (depth + rows) : 0) + pairs;
     scratch.reserve(values * sizeof(T) + floats * 4 + 8192);
-    down_columns = scratch.take<T>(down_values);
-    up_columns = scratch.take<T>(up_values);
-    grad_y = scratch.take<T>(pairs * l.Dp);
-    grad_y_left = same ? grad_y : scratch.take<T>(pairs * (l.Dp + GAP<T>));
+    to_hidden.packed = down = scratch.take<T>(down_values);
+    to_inputs.packed = up = scratch.take<T>(up_values);
+    grad_y = scratch.take<T>(pairs * grad_y_row);
+    grad_y_left = scratch.take<T>(pairs * (l.Dp + GAP<T>));
+    panel = scratch.take<T>(SIDE * l.Dp);
     inputs = scratch.take<T>(pairs * l.Dp);
     hidden = scratch.take<T>(pairs * depth);
-    grad_up = scratch.take<T>(pairs * rows);
-    grad_up_left = same ? grad_up : scratch.take<T>(pairs * (rows + GAP<T>));
-    c = scratch.take<float>(block_values);
+    grad_up = scratch.take<T>(pairs * grad_up_row);
+    grad_up_left = scratch.take<T>(pairs * (rows + GAP<T>));
+    c = scratch.take<float>(sums);
     weight_grads = scratch.take<float>(several ? l.Dp * (depth + rows) : 0);
     weight_sums = scratch.take<Vec>(pairs / 16);
   }
@@ -65,11 +66,14 @@ inline void put_columns(uint32_t* words, const Vec rows[2][16], const float*) {
   }
 }
 
-// 32 values of a left row that sums over pairs; of float32 the right panel serves.
+// 32 values of a left row that sums over pairs.
 inline void put_left(bf16* left, int64_t row, const Vec x[2]) {
   _mm512_storeu_si512(left + row * SIDE, _mm512_inserti64x4(_mm512_castsi256_si512(narrow(x[0])), narrow(x[1]), 1));
 }
-inline void put_left(float*, int64_t, const Vec[2]) {}
+inline void put_left(float* left, int64_t row, const Vec x[2]) {
+  _mm512_storeu_ps(left + row * SIDE, x[0]);
+  _mm512_storeu_ps(left + row * SIDE + 16, x[1]);
+}
 
 // Bring 16 hidden rows of what the forward pass kept of a panel into the cache.
 template <class T, bool gated>
@@ -79,45 +83,51 @@ void fetch_kept(const Layer<T>& l, const T* kept) {
       asm volatile("prefetcht0 %0" : : "m"(reinterpret_cast<const char*>(kept + part * l.F * SIDE)[line]));
 }
 
-// Gradients with respect to 16 hidden rows of a panel, to gradients of the rows of `up` that made them.
+// Gradients with respect to 16 hidden rows of a panel, `c` for each pair, to gradients of the rows of `up` that made them.
 template <class T, Function function, bool gated>
 void differentiate(const Layer<T>& l, const Slice& s, const Group& g, int64_t panel, int64_t f, const float* c,
-                   const Buffers<T>& b) {
+                   int64_t c_row, const Buffers<T>& b) {
   const int64_t depth = round_up(s.f1 - s.f0, SIDE), rows = gated ? 2 * depth : depth, local = f - s.f0;
   const int64_t exist = l.F - f, pairs = g.count - panel * SIDE;
   const T* kept = l.kept(s.expert, f, g.first + panel * SIDE);
   if (pairs > SIDE) fetch_kept<T, gated>(l, kept + l.H * SIDE);
-  T *right = b.grad_up + panel * rows * SIDE, *left = b.grad_up_left + panel * (rows + GAP<T>) * SIDE;
-  const __mmask16 mask[2] = {first16(pairs), first16(pairs - 16)};
-  Vec weight[2], hidden[2][16], *grad_weight = b.weight_sums + 2 * panel;
+  T *by_pair = b.grad_up + panel * SIDE * b.grad_up_row, *left = b.grad_up_left + panel * (rows + GAP<T>) * SIDE;
+  Vec weight[2], hidden[2][16], gates[2][16], values[2][16], *grad_weight = b.weight_sums + 2 * panel;
   weights_of(l.p, g, panel, weight);
-  for (int i = 0; i < 16; i += 2) {
-    Vec grad_gate[2][2], grad_value[2][2];
-    for (int j = 0; j < 2; j++)
-      for (int h = 0; h < 2; h++) {
-        const __mmask16 there = i + j < exist ? mask[h] : 0;
-        const T* at = kept + (i + j) * SIDE + 16 * h;
-        Vec gate = load(at, there), slope, active = apply<function>(gate, slope);
-        Vec value = gated ? load(at + l.F * SIDE, there) : _mm512_set1_ps(1.0f);
-        Vec grad = load(c + (i + j) * SIDE + 16 * h, mask[h]);
-        Vec out = gated ? _mm512_mul_ps(active, value) : active;
-        grad_weight[h] = _mm512_fmadd_ps(grad, out, grad_weight[h]);
-        grad = _mm512_mul_ps(grad, weight[h]);
-        hidden[h][i + j] = _mm512_mul_ps(out, weight[h]);
-        grad_gate[j][h] = _mm512_mul_ps(gated ? _mm512_mul_ps(grad, value) : grad, slope);
-        grad_value[j][h] = _mm512_mul_ps(grad, active);
-      }
-    for (int j = 0; j < 2; j++) {
-      put_left(left, local + i + j, grad_gate[j]);
-      if (gated) put_left(left, depth + local + i + j, grad_value[j]);
+  for (int h = 0; h < 2; h++) {
+    const __mmask16 mask = first16(pairs - 16 * h);
+    Vec grads[16];
+    get_turned(c + 16 * h * c_row, c_row, grads);
+    for (int i = 0; i < 16; i++) {
+      const __mmask16 there = i < exist ? mask : 0;
+      const T* at = kept + i * SIDE + 16 * h;
+      Vec gate = load(at, there), slope, active = apply<function>(gate, slope);
+      Vec value = gated ? load(at + l.F * SIDE, there) : _mm512_set1_ps(1.0f);
+      Vec grad = _mm512_maskz_mov_ps(there, grads[i]);
+      Vec out = gated ? _mm512_mul_ps(active, value) : active;
+      grad_weight[h] = _mm512_fmadd_ps(grad, out, grad_weight[h]);
+      grad = _mm512_mul_ps(grad, weight[h]);
+      hidden[h][i] = _mm512_mul_ps(out, weight[h]);
+      gates[h][i] = _mm512_mul_ps(gated ? _mm512_mul_ps(grad, value) : grad, slope);
+      values[h][i] = _mm512_mul_ps(grad, active);
     }
-    for (int h = 0; h < 2; h++) {
-      put_pair(right, local + i, h, grad_gate[0][h], grad_gate[1][h]);
-      if (gated) put_pair(right, depth + local + i, h, grad_value[0][h], grad_value[1][h]);
-    }
+    put_turned(by_pair + 16 * h * b.grad_up_row + local, b.grad_up_row, gates[h]);
+    if (gated) put_turned(by_pair + 16 * h * b.grad_up_row + depth + local, b.grad_up_row, values[h]);
+  }
+  for (int i = 0; i < 16; i++) {
+    const Vec gate[2] = {gates[0][i], gates[1][i]}, value[2] = {values[0][i], values[1][i]};
+    put_left(left, local + i, gate);
+    if (gated) put_left(left, depth + local + i, value);
   }
   const Right to = panels_of(b.hidden, g.count);
   put_columns(const_cast<uint32_t*>(to.words) + local / SIDE * to.panel + panel * to.step + local % SIDE, hidden, left);
+}
+
+inline void add_row(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = first16(count - i);
+    store(to + i, _mm512_add_ps(load(to + i, mask), load(from + i, mask)), mask);
+  }
 }
 
 // Write a block of a weight gradient as far as the matrix goes.
@@ -127,20 +137,27 @@ void put_block(const float* c, T* matrix, int64_t stride, int64_t rows, int64_t 
     put_row(matrix + i * stride, load(c + i * SIDE), load(c + i * SIDE + 16), columns);
 }
 
+// A row for each pair, with zeros after it.
 template <class T>
 void gather_grad_y(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
-  const T* rows[SIDE];
-  for (int64_t i = 0; i < g.panels(); i++) {
-    rows_of(l.p, g, i, static_cast<const T*>(l.p.grad_y), l.D, rows);
-    transpose_panel(rows, l.D, reinterpret_cast<uint32_t*>(b.grad_y + i * l.Dp * SIDE));
+  for (int64_t i = 0; i < g.count; i++) {
+    T* row = b.grad_y + i * b.grad_y_row;
+    std::memcpy(row, static_cast<const T*>(l.p.grad_y) + l.p.token[g.first + i] * l.D, l.D * sizeof(T));
+    std::memset(row + l.D, 0, (l.Dp - l.D) * sizeof(T));
   }
 }
 
 template <class T>
 void grad_y_to_left(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
-  for (int64_t i = 0; i < g.panels(); i++)
-    left_rows(reinterpret_cast<const uint32_t*>(b.grad_y + i * l.Dp * SIDE), l.Dp,
-              b.grad_y_left + i * (l.Dp + GAP<T>)*SIDE);
+  for (int64_t i = 0; i < g.panels(); i++) {
+    const T* rows[SIDE];
+    for (int64_t r = 0; r < SIDE; r++)
+      rows[r] = i * SIDE + r < g.count ? b.grad_y + (i * SIDE + r) * b.grad_y_row : nullptr;
+    T* left = b.grad_y_left + i * (l.Dp + GAP<T>) * SIDE;
+    auto* panel = reinterpret_cast<uint32_t*>(Kind<T>::per_word == 1 ? left : b.panel);
+    transpose_panel(rows, l.Dp, panel);
+    left_rows(panel, l.Dp, left);
+  }
 }
 
 template <class T>
@@ -179,11 +196,11 @@ void weight_gradient(const T* left, int64_t all, int64_t rows, const Right& righ
       const int64_t count = std::min(columns - column, WRITTEN);
       const Place<T> to = place(r, column);
       if (!total && pairs <= Kind<T>::chunk * SIDE && to.straight(SIDE, count)) {
-        product<T>(these, some, count, pairs, Out(reinterpret_cast<float*>(to.at), to.stride));
+        product<T>(these, some, count, pairs, Out(reinterpret_cast<float*>(to.at), to.stride, true));
         continue;
       }
       float* sums = total ? total + r * columns + column * SIDE : c;
-      product<T>(these, some, count, pairs, sums, !first);
+      product<T>(these, some, count, pairs, Out(sums), !first);
       for (int64_t i = 0; last && i < count; i += SIDE)
         put_block(sums + i * SIDE, to.at + i, to.stride, to.rows, to.columns - i);
     }
@@ -197,19 +214,19 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
   constexpr int parts = gated ? 2 : 1;
   const int64_t rows = parts * depth;
   const bool several = l.load(s.expert) > l.group();
-  const Buffers<T> b(l, depth, rows, several);
   T* grad_up = p.grad_up ? static_cast<T*>(p.grad_up) + s.expert * l.H * D : nullptr;
   T* grad_down = p.grad_down ? static_cast<T*>(p.grad_down) + s.expert * D * F : nullptr;
-  const Transposed<T> down{l.down(s.expert) + s.f0, F, 1, 0, D, real, b.down_columns, several};
-  const Transposed<T> up{l.up(s.expert) + s.f0 * D, D, parts, F * D, real, D, b.up_columns, several};
+  Transposed<T> down{l.down(s.expert) + s.f0, F, 1, 0, D, real, nullptr, several};
+  Transposed<T> up{l.up(s.expert) + s.f0 * D, D, parts, F * D, real, D, nullptr, several};
+  const Buffers<T> b(l, depth, rows, down, up);
   for_groups(l, s.expert, [&](const Group& g, bool first, bool last) {
     // One step after the other gathers what it needs: all of it at once would not fit the second-level cache.
     gather_grad_y(l, g, b);
     std::fill_n(b.weight_sums, 2 * g.panels(), Vec{});
-    down.times(panels_of(b.grad_y, D), g.count, first, b.c, [](int64_t, int64_t) {}, [&](int64_t f, const float* c) {
+    down.times(b.grad_y, b.grad_y_row, g.count, first, b.c, [&](int64_t f, int64_t count, const float* c, int64_t row) {
       for (int64_t i = 0; i < g.panels(); i++)
-        for (int h = 0; h < 2; h++)
-          differentiate<T, function, gated>(l, s, g, i, s.f0 + f + 16 * h, c + i * BLOCK + h * 16 * SIDE, b);
+        for (int64_t at = 0; at < round_up(count, SIDE); at += 16)
+          differentiate<T, function, gated>(l, s, g, i, s.f0 + f + at, c + i * SIDE * row + at, row, b);
     });
     if (grad_weight)
       for (int64_t i = 0; i < 2 * g.panels(); i++)
@@ -231,11 +248,9 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
                       });
     }
     if (!sum) return;
-    up.times(panels_of(b.grad_up, rows), g.count, first, b.c,
-             [&](int64_t d, int64_t panel) { fetch_sums(p, g, panel, sum, d, D); },
-             [&](int64_t d, const float* c) {
-               for (int64_t i = 0; i < g.panels(); i++) add_sums(p, g, i, c + i * BLOCK, sum, d, D);
-             });
+    up.times(b.grad_up, b.grad_up_row, g.count, first, b.c, [&](int64_t d, int64_t count, const float* c, int64_t row) {
+      for (int64_t i = 0; i < g.count; i++) add_row(c + i * row, count, sum + p.token[g.first + i] * D + d);
+    });
   });
 }
 

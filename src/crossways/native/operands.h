@@ -35,18 +35,18 @@ struct Left {
   const T* tail = nullptr;
 };
 
-// Left rows that are columns of something: element (r, s) is at[s * SIDE + r]. In float32 only.
-struct Turned {
-  const float* at;
-};
-
 // Where the blocks of a product go: element (r, c) of panel p is at[p * panel + r * row + c]. `past` the caches, or not.
 struct Out {
   float* at;
   int64_t row = SIDE, panel = BLOCK;
   bool past = false;
   Out(float* c) : at(c) {}
-  Out(float* matrix, int64_t stride) : at(matrix), row(stride), panel(SIDE), past(true) {}
+  Out(float* matrix, int64_t stride, bool past = false) : at(matrix), row(stride), panel(SIDE), past(past) {}
+  Out down(int64_t rows) const {
+    Out out = *this;
+    out.at += rows * row;
+    return out;
+  }
 };
 
 // What is needed next and lies in memory in one piece or two: brought into the cache a little with every step.

@@ -16,12 +16,12 @@ struct Nothing {
 
 // out (panels of 32 x 32) = left (32 x depth) times panel p, or added to what it holds, for `columns` columns of panels.
 // Of a last panel of at most 16 columns the right half of the block is left as it is. Meanwhile it fetches what is
-// `ahead`. `meanwhile(p)` is called as panel p begins: for fetching what is to be done with its block.
+// `ahead`. Of the 32 rows the first `rows` are needed. `meanwhile(p)` is called as panel p begins: for fetching what is to be done with its block.
 //
 // Nothing else is done between the blocks: it would drive the left rows out of the first-level cache.
-template <class T, class L, class Meanwhile = Nothing>
-inline void product(const L& left, const Right& right, int64_t columns, int64_t depth, Out out, bool add = false,
-                    Ahead ahead = {}, Meanwhile&& meanwhile = {}) {
+template <class T, class Meanwhile = Nothing>
+inline void product(const Left<T>& left, const Right& right, int64_t columns, int64_t depth, Out out, bool add = false,
+                    Ahead ahead = {}, Meanwhile&& meanwhile = {}, int64_t rows = SIDE) {
   constexpr int64_t chunk = Kind<T>::chunk * SIDE;
   const int64_t thin = thin_of(left, right, columns), wide = columns - thin, panels = (wide + SIDE - 1) / SIDE;
   const Out to = out;
@@ -33,15 +33,15 @@ inline void product(const L& left, const Right& right, int64_t columns, int64_t 
       const uint32_t* words = right.words + p * right.panel;
       out.at = to.at + p * out.panel;
       if (wide - p * SIDE > 16)
-        block<true>(left, words, right, from, until, out, add || from > 0, ahead);
+        block<true>(left, words, right, from, until, out, add || from > 0, ahead, rows);
       else
-        block<false>(left, words, right, from, until, out, add || from > 0, ahead);
+        block<false>(left, words, right, from, until, out, add || from > 0, ahead, rows);
     }
   }
   if (!thin) return;
   if (wide % SIDE == 0) meanwhile(panels);
   out.at = to.at + wide / SIDE * out.panel + wide % SIDE;
-  thin_block(left, right, wide, thin, depth, out, add, ahead);
+  thin_block(left, right.thin, thin, depth, out, ahead);
 }
 
 }  // namespace crossways

@@ -75,41 +75,26 @@ inline Left<T> pack_left(const T* const half[2], const int64_t count[2], int64_t
   return {{out, out + 16 * SIDE}, SIDE, BLOCK};
 }
 
-// `depth` rows of `count` columns of a matrix to left rows, transposed: [count / 32][depth / 32][32][32], or as part of
-// left rows of more, `all`.
-template <class T>
-inline void pack_columns(const T* from, int64_t stride, int64_t depth, int64_t count, T* out, int64_t all = 0) {
-  constexpr int per = Kind<T>::per_word;
-  const int64_t own = round_up(depth, SIDE) / SIDE, steps = all ? all / SIDE : own;
+// 16 vectors of 16 rows' values each to those rows, `row` values from one to the next.
+inline void put_turned(float* rows, int64_t row, const Vec x[16]) {
   Words square[16];
-  for (int64_t at = 0; at < own * SIDE; at += 16 * per)
-    for (int64_t column = 0; column < round_up(count, SIDE); column += 16) {
-      const __mmask16 mask = first16(count - column);
-      if (column % SIDE == 0)  // the rows after these
-        for (int i = 16 * per; i < 32 * per; i++)
-          asm volatile("prefetcht1 %0" : : "m"(*reinterpret_cast<const char*>(from + (at + i) * stride + column)));
-      for (int i = 0; i < 16; i++) {
-        const T* row = from + (at + i * per) * stride + column;
-        if constexpr (per == 1) {
-          square[i] = at + i < depth ? _mm512_castps_si512(load(row, mask)) : Words{};
-        } else {
-          Words low = at + 2 * i < depth ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row)) : Words{};
-          Words high = at + 2 * i + 1 < depth ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + stride))
-                                              : Words{};
-          square[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-        }
-      }
-      transpose(square);
-      T* block = out + (column / SIDE * steps + at / SIDE) * BLOCK + column % SIDE * SIDE + at % SIDE;
-      for (int i = 0; i < 16; i++) _mm512_storeu_si512(block + i * SIDE, square[i]);
-    }
+  for (int i = 0; i < 16; i++) square[i] = _mm512_castps_si512(x[i]);
+  transpose(square);
+  for (int i = 0; i < 16; i++) _mm512_storeu_si512(rows + i * row, square[i]);
+}
+inline void put_turned(bf16* rows, int64_t row, const Vec x[16]) {
+  Words square[16] = {};
+  for (int i = 0; i < 8; i++) square[i] = pair_words(x[2 * i], x[2 * i + 1]);
+  transpose(square);
+  for (int i = 0; i < 16; i++) _mm256_storeu_si256((__m256i*)(rows + i * row), _mm512_castsi512_si256(square[i]));
 }
 
-// Rows `block` * 32 and after of what `pack_columns` made.
-template <class T>
-inline Left<T> packed_rows(const T* packed, int64_t depth, int64_t block) {
-  const T* at = packed + block * round_up(depth, SIDE) * SIDE;
-  return {{at, at + 16 * SIDE}, SIDE, BLOCK};
+// The other way round: 16 values of each of 16 rows to vectors.
+inline void get_turned(const float* rows, int64_t row, Vec x[16]) {
+  Words square[16];
+  for (int i = 0; i < 16; i++) square[i] = _mm512_loadu_si512(rows + i * row);
+  transpose(square);
+  for (int i = 0; i < 16; i++) x[i] = _mm512_castsi512_ps(square[i]);
 }
 
 // Write up to 32 values that are not read again soon: past the caches where whole lines are written.

@@ -12,14 +12,13 @@ namespace crossways {
 constexpr int THIN = 10, THIN_ALONE = 16;
 
 // How many of `columns` columns, the last ones, are thin.
-inline int64_t thin_of(int64_t columns, int64_t alone = THIN_ALONE) {
+inline int64_t thin_of(int64_t columns) {
   const int64_t rest = columns % 16;
-  return columns <= alone ? columns : rest <= THIN ? rest : 0;
+  return columns <= THIN_ALONE ? columns : rest <= THIN ? rest : 0;
 }
 inline int64_t thin_of(const Left<float>& left, const Right& right, int64_t columns) {
   return right.thin && left.step == SIDE ? thin_of(columns) : 0;
 }
-inline int64_t thin_of(const Turned&, const Right&, int64_t columns) { return thin_of(columns, THIN); }
 inline int64_t thin_of(const Left<bf16>&, const Right&, int64_t) { return 0; }
 
 // Thin columns one after the other: distance from one to the next, not all in one set of the cache.
@@ -51,10 +50,9 @@ inline int64_t thin_steps(int64_t columns) {
   return columns <= 3 ? SIDE / 8 : SIDE / 4 * ((columns + TOGETHER - 1) / TOGETHER);
 }
 
-// The last `count` columns of `right`, from column `first` on, to columns of a block that begin at `out`.
-inline void thin_block(const Left<float>& left, const Right& right, int64_t, int64_t count, int64_t depth,
-                       const Out& out, bool, Ahead& ahead) {
-  const float* columns = right.thin;
+// `count` columns, one after the other at `columns`, to columns of a block that begin at `out`.
+inline void thin_block(const Left<float>& left, const float* columns, int64_t count, int64_t depth, const Out& out,
+                       Ahead& ahead) {
   Columns to;
   for (int64_t i = 0; i < count; i++) to.x[i] = columns + i * thin_stride(depth), to.out[i] = out.at + i;
   for (int64_t r = 0; r < SIDE; r++) std::fill_n(out.at + r * out.row, count, 0.0f);
@@ -68,42 +66,6 @@ inline void thin_block(const Left<float>& left, const Right& right, int64_t, int
   }
 }
 
-// The same of a matrix the other way round, whose rows are vectors of sums; `panel` begins with the first column.
-template <int count>
-[[gnu::noinline]] void thin_turned(const Turned& left, const float* panel, int64_t depth, const Out& out, bool add,
-                                   Ahead& ahead) {
-  Vec sum[2][count] = {};
-  for (int64_t s = 0; s < depth; s++) {
-    const Vec low = _mm512_loadu_ps(left.at + s * SIDE), high = _mm512_loadu_ps(left.at + s * SIDE + 16);
-#pragma GCC unroll 16
-    for (int i = 0; i < count; i++) {
-      const Vec x = _mm512_set1_ps(panel[s * SIDE + i]);
-      sum[0][i] = _mm512_fmadd_ps(low, x, sum[0][i]);
-      sum[1][i] = _mm512_fmadd_ps(high, x, sum[1][i]);
-    }
-    if (s % SIDE == 0) ahead.fetch();
-  }
-  for (int h = 0; h < 2; h++) {
-    Words square[16] = {};
-#pragma GCC unroll 16
-    for (int i = 0; i < count; i++) square[i] = _mm512_castps_si512(sum[h][i]);
-    transpose(square);
-    for (int r = 0; r < 16; r++) {
-      float* const to = out.at + (16 * h + r) * out.row;
-      const Vec x = _mm512_castsi512_ps(square[r]);
-      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), x) : x);
-    }
-  }
-}
-inline void thin_block(const Turned& left, const Right& right, int64_t first, int64_t count, int64_t depth,
-                       const Out& out, bool add, Ahead& ahead) {
-  const float* panel = reinterpret_cast<const float*>(right.words) + first / SIDE * right.panel + first % SIDE;
-  if (count <= 2) return thin_turned<2>(left, panel, depth, out, add, ahead);
-  if (count <= 4) return thin_turned<4>(left, panel, depth, out, add, ahead);
-  if (count <= 6) return thin_turned<6>(left, panel, depth, out, add, ahead);
-  if (count <= 8) return thin_turned<8>(left, panel, depth, out, add, ahead);
-  thin_turned<THIN>(left, panel, depth, out, add, ahead);
-}
-inline void thin_block(const Left<bf16>&, const Right&, int64_t, int64_t, int64_t, const Out&, bool, Ahead&) {}
+inline void thin_block(const Left<bf16>&, const float*, int64_t, int64_t, const Out&, Ahead&) {}
 
 }  // namespace crossways

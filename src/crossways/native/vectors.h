@@ -22,23 +22,9 @@ struct Threes {
   }
 };
 
-// Left rows that are columns: neighbours.
-template <int rows>
-struct Neighbours {
-  const float* at;
-  Neighbours(const Turned& left, int r, int64_t s) : at(left.at + s * BLOCK + r) {}
-  const float& operator()(int i, int64_t k) const { return at[k * SIDE + i]; }
-  void advance(int64_t count) { at += count * SIDE; }
-};
-
-template <int rows>
-Threes<rows> rows_of_left(const Left<float>& left, int r, int64_t s) { return {left, r, s}; }
-template <int rows>
-Neighbours<rows> rows_of_left(const Turned& left, int r, int64_t s) { return {left, r, s}; }
-
 // Add the products of one left value of each row, `k` after where `left` stands, with 16 or 32 right values.
-template <bool both, int rows, class Rows>
-[[gnu::always_inline]] inline void outer(const Rows& left, int64_t k, const float* right, Vec sum[rows][2]) {
+template <bool both, int rows>
+[[gnu::always_inline]] inline void outer(const Threes<rows>& left, int64_t k, const float* right, Vec sum[rows][2]) {
   Vec low = _mm512_loadu_ps(right), high = both ? _mm512_loadu_ps(right + 16) : Vec{};
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) {
@@ -50,8 +36,8 @@ template <bool both, int rows, class Rows>
 }
 
 // Rows r and after of a block. Not inlined, so that all registers are free.
-template <bool both, int rows, class L>
-[[gnu::noinline]] void rows_block(const L& left, int r, const uint32_t* b, const Right& right, int64_t from, int64_t to,
+template <bool both, int rows>
+[[gnu::noinline]] void rows_block(const Left<float>& left, int r, const uint32_t* b, const Right& right, int64_t from, int64_t to,
                                   const Out& out, bool add, Ahead& ahead) {
   Vec sum[rows][2] = {};
   float* const c = out.at + r * out.row;
@@ -61,7 +47,7 @@ template <bool both, int rows, class L>
     if (add && both) sum[i][1] = _mm512_loadu_ps(c + i * out.row + 16);
   }
   for (int64_t s = from / SIDE; s * SIDE < to; s++) {
-    auto at = rows_of_left<rows>(left, r, s);
+    Threes<rows> at(left, r, s);
     const float* words = reinterpret_cast<const float*>(b) + s * right.step;
     const int64_t depth = std::min<int64_t>(SIDE, to - s * SIDE);
     int64_t k = 0;
@@ -86,13 +72,15 @@ template <bool both, int rows, class L>
   }
 }
 
-// One block on vectors; with `both` false its right half is left as it is.
-template <bool both, class L>
-inline void block(const L& left, const uint32_t* b, const Right& right, int64_t from, int64_t to, const Out& out,
-                  bool add, Ahead& ahead) {
+// One block of `rows` rows on vectors; with `both` false its right half is left as it is.
+template <bool both>
+inline void block(const Left<float>& left, const uint32_t* b, const Right& right, int64_t from, int64_t to, const Out& out,
+                  bool add, Ahead& ahead, int64_t rows) {
   // 16 sums hide the latency of an addition; and many rows at once, that of reading weights for few tokens.
-  constexpr int rows = both ? 8 : 16;
-  for (int r = 0; r < SIDE; r += rows) rows_block<both, rows>(left, r, b, right, from, to, out, add, ahead);
+  constexpr int most = both ? 8 : 16;
+  int64_t r = 0;
+  for (; r + most / 2 < rows; r += most) rows_block<both, most>(left, r, b, right, from, to, out, add, ahead);
+  if (r < rows) rows_block<both, most / 2>(left, r, b, right, from, to, out, add, ahead);
 }
 
 }  // namespace crossways
