@@ -10,10 +10,12 @@ Legend: T tokens, P pairs, E experts, D model width, F expert width, H rows of t
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
@@ -56,7 +58,9 @@ def fused(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     arguments = (*inputs, assignment.token_P, assignment.offsets_E1, activation.name, save)
-    return forward(*arguments)[0] if save or _is_watched(x_TD) else _forward(*arguments)[0]
+    if _is_watched(x_TD):
+        return forward(*arguments)[0]
+    return _Unwatched.apply(*arguments) if save else _forward(*arguments)[0]
 
 
 def _is_watched(x_TD: Tensor) -> bool:
@@ -150,8 +154,7 @@ def _(
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(_kept(up_EHD, token_P, save))
 
 
-@torch.library.custom_op("crossways::fused_experts_backward", mutates_args=(), device_types="cpu")
-def backward(
+def _backward(
     grad_TD: Tensor,
     x_TD: Tensor,
     weight_P: Tensor,
@@ -176,6 +179,11 @@ def backward(
     problem = _problem(tensors | out, activation)
     library().crossways_experts_backward(ctypes.byref(problem), int(x_TD.dtype == torch.bfloat16))
     return grads["x"], grads["weight"].to(weight_P.dtype), grads["up"], grads["down"]
+
+
+backward = torch.library.custom_op(
+    "crossways::fused_experts_backward", _backward, mutates_args=(), device_types="cpu"
+)
 
 
 @backward.register_fake
@@ -206,11 +214,28 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_TD is None:
-        return (None,) * 8
+    return (None,) * 8 if grad_TD is None else _gradients(ctx, grad_TD, backward)
+
+
+def _gradients(ctx: Any, grad_TD: Tensor, compute: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:4])
-    grads = backward(grad_TD, *ctx.saved_tensors, ctx.activation, wanted)
+    grads = compute(grad_TD, *ctx.saved_tensors, ctx.activation, wanted)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
 
 
 forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Unwatched(torch.autograd.Function):
+    """The same without the operators, which nobody watches: going through them takes longer than small layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output = _forward(*arguments)
+        _keep(ctx, arguments, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad_TD, _backward)
