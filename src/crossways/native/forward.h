@@ -75,6 +75,14 @@ Left<T> left_of(Left<T> where, const int64_t rows[2], int64_t depth, T* packed) 
   return where;
 }
 
+// Twice 16 rows that come next. Of the matrix unit's long rows each has pages of its own, and the processor's own
+// foresight follows all of them better.
+template <class T>
+Ahead rows_ahead(const T* first, const T* second, int64_t width) {
+  const int64_t bytes = width * sizeof(T);
+  return Kind<T>::per_word > 1 && bytes >= SMALL_PAGE ? Ahead{} : Ahead(first, second, 16 * bytes);
+}
+
 template <class T, Function function, bool gated>
 void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
   const Problem& p = l.p;
@@ -87,13 +95,14 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
   float* c = scratch.take<float>(most * BLOCK);
   float* thin = scratch.take<float>(16 * thin_stride(std::max(l.Dp, padded)));
   const T *up = l.up(s.expert), *down = l.down(s.expert);
-  // What the next 32 rows of a matrix are, if they lie there in one piece, or in two for gate and value.
-  const int64_t up_bytes = 16 * D * sizeof(T), down_bytes = 16 * F * sizeof(T);
+  // The next 32 rows of a matrix, if they lie there in one piece, or in two for gate and value.
   auto up_ahead = [&](int64_t f) {
-    return F - f < 16 ? Ahead{} : Ahead(up + f * D, up + (gated ? F + f : f + 16) * D, up_bytes);
+    const T* rows = up + f * D;
+    return F - f < 16 ? Ahead{} : rows_ahead(rows, gated ? rows + F * D : rows + 16 * D, D);
   };
   auto down_ahead = [&](int64_t d) {
-    return depth < F || D - d < SIDE ? Ahead{} : Ahead(down + d * F, down + (d + 16) * F, down_bytes);
+    const T* rows = down + d * F;
+    return depth < F || D - d < SIDE ? Ahead{} : rows_ahead(rows, rows + 16 * F, F);
   };
   auto up_rows = [&](int64_t f) { return Left<T>{{up + f * D, up + (gated ? F + f : f + 16) * D}, D, SIDE}; };
   auto down_rows = [&](int64_t d) { return Left<T>{{down + d * F + s.f0, down + (d + 16) * F + s.f0}, F, SIDE}; };
