@@ -44,7 +44,7 @@ class AbsentError(RuntimeError):
 def dense(problem: Problem) -> Contender:
     """A SwiGLU network as wide as a token's experts together."""
     x_TD, width, active = problem.leaves[0], problem.case.width, problem.case.expert_width * problem.case.k
-    up, down = problem.random(2 * active, width, scale=width**-0.5), problem.random(width, active, scale=active**-0.5)
+    up, down = problem.matrix(2 * active, width), problem.matrix(width, active)
 
     def run() -> Tensor:
         gate, value = functional.linear(x_TD, up).chunk(2, -1)

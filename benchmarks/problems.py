@@ -14,6 +14,8 @@ from torch import Tensor
 from crossways.assignment import Assignment
 from crossways.experts import Activation, compute_experts
 from crossways.experts.naive import naive
+from crossways.native import why_not_native
+from crossways.native.memory import settle
 
 LOADS = ("even", "hot", "empty")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -96,7 +98,8 @@ class Problem:
     """x (T, D), routing weights (T, K), first matrices (E, 2F, D), second ones (E, D, F)."""
     index_TK: Tensor
     grad_TD: Tensor
-    random: Callable[..., Tensor]
+    matrix: Callable[..., Tensor]
+    """Makes a random matrix of some size with rows of length 1, as it is after a while of computing with it."""
     reference: list[Tensor] = field(default_factory=list)
 
     @property
@@ -179,16 +182,22 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
     """Random inputs and matrices, the same every time."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(size, generator=generator, device=device) * scale).to(dtype).requires_grad_()
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
 
-    x_TD = random(case.tokens, case.width)
-    up_EHD = random(case.experts, 2 * case.expert_width, case.width, scale=case.width**-0.5)
-    down_EDF = random(case.experts, case.width, case.expert_width, scale=case.expert_width**-0.5)
+    def matrix(*size: int) -> Tensor:
+        x = (random(*size) * size[-1] ** -0.5).to(dtype)
+        if device == "cpu" and why_not_native() is None:
+            settle(x)
+        return x.requires_grad_()
+
+    x_TD = random(case.tokens, case.width).to(dtype).requires_grad_()
+    up_EHD = matrix(case.experts, 2 * case.expert_width, case.width)
+    down_EDF = matrix(case.experts, case.width, case.expert_width)
     weight_TK, index_TK = route(case, generator)
     weight_TK = weight_TK.to(dtype).requires_grad_()
-    grad_TD = random(case.tokens, case.width).detach()
-    return Problem(case, dtype, device, [x_TD, weight_TK, up_EHD, down_EDF], index_TK, grad_TD, random)
+    grad_TD = random(case.tokens, case.width).to(dtype)
+    return Problem(case, dtype, device, [x_TD, weight_TK, up_EHD, down_EDF], index_TK, grad_TD, matrix)
 
 
 def route(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """Memory that is used again: the same block, never while somebody holds it."""
 
+import ctypes
 import gc
+import mmap
 import resource
 import time
 from pathlib import Path
@@ -100,6 +102,23 @@ def test_experts_settle_their_matrices(matrices, tokens):
     while kibibytes_on_large_pages(up) < 12 * 1024:
         compute_experts(torch.ones(tokens, 1024), chosen, up, down, Activation("swiglu"), "fused")
         assert time.monotonic() - begin < 60  # other tests of this process may have used up what is for free
+
+
+def test_memory_that_was_given_back_settles_again(matrices):
+    """Small pages at an address that was settled: as when a model is gone and the next one gets its memory."""
+    settle(matrices)
+    page = 2**21
+    first = -(-matrices.data_ptr() // page) * page
+    region = ctypes.c_void_p(first), ctypes.c_size_t((matrices.data_ptr() + matrices.nbytes) // page * page - first)
+    madvise = ctypes.CDLL(None).madvise
+    assert madvise(*region, mmap.MADV_NOHUGEPAGE) == 0
+    assert madvise(*region, mmap.MADV_DONTNEED) == 0
+    matrices.fill_(1)
+    assert madvise(*region, mmap.MADV_HUGEPAGE) == 0
+    assert kibibytes_on_large_pages(matrices) == 0
+    settle(matrices)
+    assert kibibytes_on_large_pages(matrices) >= 28 * 1024
+    assert (matrices == 1).all()
 
 
 @pytest.mark.parametrize("size", [0, 3, 2**19])

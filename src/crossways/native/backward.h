@@ -2,20 +2,13 @@
 #pragma once
 #include "forward.h"
 #include "transposed.h"
+#include "weight_gradient.h"
 
 namespace crossways {
-
-// Left rows of bfloat16 lie this far apart from panel to panel, beyond their number, for the same reason as LONGER.
-template <class T>
-constexpr int64_t GAP = Kind<T>::per_word == 1 ? 0 : SIDE;
-
-// How many columns of a weight gradient are written at once.
-constexpr int64_t WRITTEN = 64;
 
 // Working memory.
 template <class T>
 struct Buffers {
-  T *down, *up;                  // parts of the expert's matrices as right operands; all of them if there are several groups
   T *grad_y, *grad_y_left;       // gradient of y: a row for each pair; as left rows that sum over pairs
   T *panel;                      // one right panel of what has D values
   T* inputs;                     // right panels whose columns are input features and that sum over pairs
@@ -25,17 +18,18 @@ struct Buffers {
   Vec* weight_sums;              // gradients of the routing weights
   int64_t grad_y_row, grad_up_row;  // values from one pair to the next
 
-  // `rows`: of the gradient of `up`; `depth`: hidden rows; `several`: whether there is more than one group.
+  // `rows`: of the gradient of `up`; `depth`: hidden rows. The matrices get theirs here, too.
   Buffers(const Layer<T>& l, int64_t depth, int64_t rows, Transposed<T>& to_hidden, Transposed<T>& to_inputs)
       : grad_y_row(l.Dp + LONGER<T>), grad_up_row(rows + LONGER<T>) {
     const bool several = to_hidden.several;
     const int64_t pairs = l.group(), down_values = to_hidden.packed_size(), up_values = to_inputs.packed_size();
-    const int64_t values = down_values + up_values + SIDE * l.Dp + pairs * (3 * l.Dp + depth + 2 * rows + 2 * GAP<T> + 2 * LONGER<T>);
-    const int64_t sums = std::max({Transposed<T>::sums(pairs), WRITTEN * SIDE});
+    const int64_t of_pair = 3 * l.Dp + depth + 2 * (rows + GAP<T> + LONGER<T>);
+    const int64_t values = down_values + up_values + SIDE * l.Dp + pairs * of_pair;
+    const int64_t sums = std::max(Transposed<T>::sums(pairs), WRITTEN * SIDE);
     const int64_t floats = sums + (several ? l.Dp * (depth + rows) : 0) + pairs;
     scratch.reserve(values * sizeof(T) + floats * 4 + 8192);
-    to_hidden.packed = down = scratch.take<T>(down_values);
-    to_inputs.packed = up = scratch.take<T>(up_values);
+    to_hidden.packed = scratch.take<T>(down_values);
+    to_inputs.packed = scratch.take<T>(up_values);
     grad_y = scratch.take<T>(pairs * grad_y_row);
     grad_y_left = scratch.take<T>(pairs * (l.Dp + GAP<T>));
     panel = scratch.take<T>(SIDE * l.Dp);
@@ -83,7 +77,8 @@ void fetch_kept(const Layer<T>& l, const T* kept) {
       asm volatile("prefetcht0 %0" : : "m"(reinterpret_cast<const char*>(kept + part * l.F * SIDE)[line]));
 }
 
-// Gradients with respect to 16 hidden rows of a panel, `c` for each pair, to gradients of the rows of `up` that made them.
+// Gradients with respect to 16 hidden rows of a panel, at `c` for each pair, to gradients of the rows of `up` that made
+// them.
 template <class T, Function function, bool gated>
 void differentiate(const Layer<T>& l, const Slice& s, const Group& g, int64_t panel, int64_t f, const float* c,
                    int64_t c_row, const Buffers<T>& b) {
@@ -130,13 +125,6 @@ inline void add_row(const float* from, int64_t count, float* to) {
   }
 }
 
-// Write a block of a weight gradient as far as the matrix goes.
-template <class T>
-void put_block(const float* c, T* matrix, int64_t stride, int64_t rows, int64_t columns) {
-  for (int i = 0; i < std::min<int64_t>(rows, SIDE); i++)
-    put_row(matrix + i * stride, load(c + i * SIDE), load(c + i * SIDE + 16), columns);
-}
-
 // A row for each pair, with zeros after it.
 template <class T>
 void gather_grad_y(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
@@ -170,43 +158,6 @@ void gather_inputs(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
   }
 }
 
-// Where rows of a weight gradient, and columns, go.
-template <class T>
-struct Place {
-  T* at;
-  int64_t stride, rows, columns;
-  // In float32 blocks go there straight from the registers, past the caches, if all of it exists and begins a line.
-  bool straight(int64_t all_rows, int64_t all_columns) const {
-    return Kind<T>::per_word == 1 && rows >= all_rows && columns >= all_columns && stride % 16 == 0 &&
-           reinterpret_cast<uintptr_t>(at) % 64 == 0;
-  }
-};
-
-// A weight gradient: for every 32 of `rows` rows, left rows at `left` (whose panels hold `all` rows) times `right`.
-// Experts of several groups add up in `total`; the last group writes to `place(row, column)`, a few blocks at once
-// while they are in the first-level cache.
-template <class T, class PlaceOf>
-void weight_gradient(const T* left, int64_t all, int64_t rows, const Right& right, int64_t columns, int64_t pairs,
-                     float* c, float* total, bool first, bool last, PlaceOf&& place) {
-  for (int64_t r = 0; r < rows; r += SIDE) {
-    const T* at = left + r * SIDE;
-    const Left<T> these{{at, at + 16 * SIDE}, SIDE, (all + GAP<T>)*SIDE};
-    for (int64_t column = 0; column < columns; column += WRITTEN) {
-      const Right some{right.words + column / SIDE * right.panel, right.row, right.step, right.panel};
-      const int64_t count = std::min(columns - column, WRITTEN);
-      const Place<T> to = place(r, column);
-      if (!total && pairs <= Kind<T>::chunk * SIDE && to.straight(SIDE, count)) {
-        product<T>(these, some, count, pairs, Out(reinterpret_cast<float*>(to.at), to.stride, true));
-        continue;
-      }
-      float* sums = total ? total + r * columns + column * SIDE : c;
-      product<T>(these, some, count, pairs, Out(sums), !first);
-      for (int64_t i = 0; last && i < count; i += SIDE)
-        put_block(sums + i * SIDE, to.at + i, to.stride, to.rows, to.columns - i);
-    }
-  }
-}
-
 template <class T, Function function, bool gated>
 void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_weight) {
   const Problem& p = l.p;
@@ -223,34 +174,38 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
     // One step after the other gathers what it needs: all of it at once would not fit the second-level cache.
     gather_grad_y(l, g, b);
     std::fill_n(b.weight_sums, 2 * g.panels(), Vec{});
-    down.times(b.grad_y, b.grad_y_row, g.count, first, b.c, [&](int64_t f, int64_t count, const float* c, int64_t row) {
+    auto hidden = [&](int64_t f, int64_t count, const float* c, int64_t row) {
       for (int64_t i = 0; i < g.panels(); i++)
         for (int64_t at = 0; at < round_up(count, SIDE); at += 16)
           differentiate<T, function, gated>(l, s, g, i, s.f0 + f + at, c + i * SIDE * row + at, row, b);
-    });
+    };
+    down.times(b.grad_y, b.grad_y_row, g.count, first, b.c, hidden);
     if (grad_weight)
       for (int64_t i = 0; i < 2 * g.panels(); i++)
         store(grad_weight + g.first - p.offsets[s.expert] + 16 * i, b.weight_sums[i], first16(g.count - 16 * i));
     float *down_total = several ? b.weight_grads : nullptr, *up_total = several ? down_total + Dp * depth : nullptr;
     if (grad_down) {
       grad_y_to_left(l, g, b);
+      auto place = [&](int64_t d, int64_t f) {
+        return Place<T>{grad_down + d * F + s.f0 + f, F, D - d, F - s.f0 - f};
+      };
       weight_gradient(b.grad_y_left, Dp, D, panels_of(b.hidden, g.count), depth, g.count, b.c, down_total, first, last,
-                      [&](int64_t d, int64_t f) {
-                        return Place<T>{grad_down + d * F + s.f0 + f, F, D - d, F - s.f0 - f};
-                      });
+                      place);
     }
     if (grad_up) {
       gather_inputs(l, g, b);
+      auto place = [&](int64_t r, int64_t d) {
+        const int64_t f = s.f0 + r % depth, row = r < depth ? f : F + f;
+        return Place<T>{grad_up + row * D + d, D, F - f, D - d};
+      };
       weight_gradient(b.grad_up_left, rows, rows, panels_of(b.inputs, g.count), Dp, g.count, b.c, up_total, first, last,
-                      [&](int64_t r, int64_t d) {
-                        const int64_t f = s.f0 + r % depth, row = r < depth ? f : F + f;
-                        return Place<T>{grad_up + row * D + d, D, F - f, D - d};
-                      });
+                      place);
     }
     if (!sum) return;
-    up.times(b.grad_up, b.grad_up_row, g.count, first, b.c, [&](int64_t d, int64_t count, const float* c, int64_t row) {
+    auto inputs = [&](int64_t d, int64_t count, const float* c, int64_t row) {
       for (int64_t i = 0; i < g.count; i++) add_row(c + i * row, count, sum + p.token[g.first + i] * D + d);
-    });
+    };
+    up.times(b.grad_up, b.grad_up_row, g.count, first, b.c, inputs);
   });
 }
 

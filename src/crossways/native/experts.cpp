@@ -5,8 +5,8 @@
 // thread owns some rows of the hidden layer of some experts, hence their weight gradients; it adds its share of y, or
 // of the gradient of x, to a sum of its own, and the sums are added up at the end, in the same order every time.
 //
-// Reading order: simd.h, operands.h, matrix_unit.h, vectors.h, thin.h, product.h, rows.h, problem.h, activation.h,
-// forward.h, transposed.h, backward.h, this.
+// Reading order: simd.h, operands.h, matrix_unit.h, vectors.h, few_rows.h, thin.h, product.h, rows.h, problem.h,
+// activation.h, forward.h, transposed.h, backward.h, this.
 #include "backward.h"
 #include "settle.h"
 

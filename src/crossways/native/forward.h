@@ -88,12 +88,13 @@ void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
   const Problem& p = l.p;
   const int64_t D = l.D, F = l.F, depth = s.f1 - s.f0, padded = round_up(depth, SIDE), most = l.group() / SIDE;
   constexpr int64_t step = gated ? 16 : 32;
-  scratch.reserve((most + 1) * SIDE * (l.Dp + padded) * sizeof(T) + most * BLOCK * 4 + 16 * thin_stride(std::max(l.Dp, padded)) * 4 + 4096);
+  const int64_t thin_floats = 16 * thin_stride(std::max(l.Dp, padded));
+  scratch.reserve((most + 1) * SIDE * (l.Dp + padded) * sizeof(T) + (most * BLOCK + thin_floats) * 4 + 4096);
   T* inputs = scratch.take<T>(most * SIDE * l.Dp);
   T* hidden = scratch.take<T>(most * SIDE * padded);
   T* packed = scratch.take<T>(SIDE * std::max(l.Dp, padded));
   float* c = scratch.take<float>(most * BLOCK);
-  float* thin = scratch.take<float>(16 * thin_stride(std::max(l.Dp, padded)));
+  float* thin = scratch.take<float>(thin_floats);
   const T *up = l.up(s.expert), *down = l.down(s.expert);
   // The next 32 rows of a matrix, if they lie there in one piece, or in two for gate and value.
   auto up_ahead = [&](int64_t f) {

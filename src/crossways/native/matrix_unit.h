@@ -90,7 +90,8 @@ struct Tiles {
   Tiles() {}
 };
 template <bool both>
-inline void block(const Left<bf16>&, const uint32_t*, const Right&, int64_t, int64_t, const Out&, bool, Ahead&, int64_t) {}
+inline void block(const Left<bf16>&, const uint32_t*, const Right&, int64_t, int64_t, const Out&, bool, Ahead&,
+                  int64_t) {}
 #endif
 
 }  // namespace crossways

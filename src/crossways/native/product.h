@@ -14,9 +14,10 @@ struct Nothing {
   void operator()(int64_t) const {}
 };
 
-// out (panels of 32 x 32) = left (32 x depth) times panel p, or added to what it holds, for `columns` columns of panels.
-// Of a last panel of at most 16 columns the right half of the block is left as it is. Meanwhile it fetches what is
-// `ahead`. Of the 32 rows the first `rows` are needed. `meanwhile(p)` is called as panel p begins: for fetching what is to be done with its block.
+// out (panels of 32 x 32) = left (32 x depth) times panel p, or added to what it holds, for `columns` columns of panels
+// and the first `rows` of the 32 rows. Of a last panel of at most 16 columns the right half of the block is left as it
+// is. Meanwhile it fetches what is `ahead`. `meanwhile(p)` is called as panel p begins: for fetching what is to be done
+// with its block.
 //
 // Nothing else is done between the blocks: it would drive the left rows out of the first-level cache.
 template <class T, class Meanwhile = Nothing>

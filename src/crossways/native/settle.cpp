@@ -49,7 +49,8 @@ class Settling {
     }
     check(begin, region);
     while (region.next < end && region.failures < PATIENCE && (whole || spent_ < allowed_)) {
-      spent_ += collapse(region.next, region);
+      const double seconds = collapse(region.next, region);
+      if (!whole) spent_ += seconds;
       region.next += HUGE_PAGE;
     }
   }

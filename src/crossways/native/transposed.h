@@ -4,8 +4,8 @@
 
 namespace crossways {
 
-// What is made of a matrix at once stays in the second-level cache until it is used: some of its rows, up to ROWS of them
-// and STRETCH bytes, or COLUMNS columns. The former where all sums of a product are no more than SUMS.
+// What is made of a matrix at once stays in the second-level cache until it is used: some of its rows, up to ROWS of
+// them and STRETCH bytes, or COLUMNS columns. The former where all sums of a product are no more than SUMS.
 constexpr int64_t COLUMNS = 128, ROWS = 256, STRETCH = 1 << 18, SUMS = 1 << 17;
 
 // Rows that products read and write are this much longer than what they hold: at a multiple of 4 KB many of them would
@@ -13,8 +13,8 @@ constexpr int64_t COLUMNS = 128, ROWS = 256, STRETCH = 1 << 18, SUMS = 1 << 17;
 template <class T>
 constexpr int64_t LONGER = 64 / sizeof(T);
 
-// An expert's matrix as the right operand of products that sum over its rows: `parts` times `depth` rows, `apart` values
-// from one part to the next, of `count` columns. Nothing is transposed for that: bfloat16 wants neighbouring rows in one
+// An expert's matrix as the right operand of products that sum over its rows: `parts` times `depth` rows, `apart`
+// values from one part to the next, of `count` columns. Nothing is transposed for that: bfloat16 wants neighbouring rows in one
 // word, float32 nothing at all but pieces of rows beside each other.
 template <class T>
 struct Transposed {
@@ -34,7 +34,8 @@ struct Transposed {
   // several, what was made of the matrix for that is there.
   template <class Done>
   void times(const T* left, int64_t row, int64_t pairs, bool first, float* c, Done&& done) const {
-    const bool all = !several && round_up(pairs, SIDE) * round_up(count, SIDE) <= SUMS;  // columns, some rows at a time
+    // All columns, some rows at a time: few pairs wait for memory, which is read fastest as it lies.
+    const bool all = !several && round_up(pairs, SIDE) * round_up(count, SIDE) <= SUMS;
     const int64_t wide = all ? round_up(count, SIDE) : COLUMNS, tall = all ? rows_at_once() : padded();
     const Out out{c, wide + LONGER<float>};
     for (int64_t at = 0; at < count; at += wide) {
@@ -58,7 +59,9 @@ struct Transposed {
 
  private:
   static constexpr int PER = Kind<T>::per_word;
-  int64_t most() const { return std::max(STRETCH / int64_t(sizeof(T)) + SIDE * round_up(count, SIDE), padded() * COLUMNS); }
+  int64_t most() const {
+    return std::max(STRETCH / int64_t(sizeof(T)) + SIDE * round_up(count, SIDE), padded() * COLUMNS);
+  }
   int64_t rows_at_once() const {
     return std::clamp<int64_t>(STRETCH / int64_t(round_up(count, SIDE) * sizeof(T)) / SIDE * SIDE, SIDE, ROWS);
   }

@@ -37,8 +37,8 @@ template <bool both, int rows>
 
 // Rows r and after of a block. Not inlined, so that all registers are free.
 template <bool both, int rows>
-[[gnu::noinline]] void rows_block(const Left<float>& left, int r, const uint32_t* b, const Right& right, int64_t from, int64_t to,
-                                  const Out& out, bool add, Ahead& ahead) {
+[[gnu::noinline]] void rows_block(const Left<float>& left, int r, const uint32_t* b, const Right& right, int64_t from,
+                                  int64_t to, const Out& out, bool add, Ahead& ahead) {
   Vec sum[rows][2] = {};
   float* const c = out.at + r * out.row;
 #pragma GCC unroll 16
@@ -74,8 +74,8 @@ template <bool both, int rows>
 
 // One block of `rows` rows on vectors; with `both` false its right half is left as it is.
 template <bool both>
-inline void block(const Left<float>& left, const uint32_t* b, const Right& right, int64_t from, int64_t to, const Out& out,
-                  bool add, Ahead& ahead, int64_t rows) {
+inline void block(const Left<float>& left, const uint32_t* b, const Right& right, int64_t from, int64_t to,
+                  const Out& out, bool add, Ahead& ahead, int64_t rows) {
   // 16 sums hide the latency of an addition; and many rows at once, that of reading weights for few tokens.
   constexpr int most = both ? 8 : 16;
   int64_t r = 0;
