@@ -74,6 +74,8 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
         UserError: for an unknown name, or a backend that cannot run; the message says why.
     """
     device = torch.device(device)
+    if name in ("auto", "fused") and why_not_fused(device, dtype) is None:
+        return "fused"  # what follows comes to the same, but in a step of generation it takes longer than routing
     if name == "auto":
         return _first_that_runs(device, dtype)
     if reason := why_not(name, device, dtype):
@@ -124,7 +126,7 @@ def compute_experts(
     if biases is not None:
         _check_biases(biases, up_EHD, down_EDF)
     device, dtype = x_TD.device.type, x_TD.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if torch._C._is_any_autocast_enabled() and _autocasts(device) and dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             tensors = x_TD.to(low), assignment, up_EHD.to(low), down_EDF.to(low)
@@ -145,6 +147,10 @@ def compute_experts(
     return function(x_TD, assignment, up_EHD, down_EDF, activation)
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _check_biases(biases: Biases, up_EHD: Tensor, down_EDF: Tensor) -> None:
     got, fitting = [tuple(bias.shape) for bias in biases], [tuple(up_EHD.shape[:2]), tuple(down_EDF.shape[:2])]
     if got != fitting or {bias.dtype for bias in biases} != {up_EHD.dtype}:
@@ -158,9 +164,8 @@ def _check_shapes(
     x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation
 ) -> None:
     tokens, model_width = x_TD.shape
-    experts, _, width = down_EDF.shape
-    expected = (experts, width * (2 if activation.gated else 1), model_width)
-    if tuple(up_EHD.shape) != expected or down_EDF.shape[1] != model_width:
+    experts, outputs, width = down_EDF.shape
+    if up_EHD.shape != (experts, width * (2 if activation.gated else 1), model_width) or outputs != model_width:
         raise ValueError(
             f"expert weights {tuple(up_EHD.shape)} and {tuple(down_EDF.shape)} do not fit inputs {tuple(x_TD.shape)} "
             f"with activation {activation.name!r}"

@@ -51,6 +51,25 @@ void write_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* to, co
       }
 }
 
+// A stable counting sort by expert; put(i, at) is told that pair i comes in place `at`. Returns 0 if an expert lies
+// outside [0, experts).
+template <class Put>
+int sort(const int64_t* expert, int64_t pairs, int64_t experts, int64_t* sorted, int64_t* offsets, Put&& put) {
+  std::fill_n(offsets, experts + 1, 0);
+  for (int64_t i = 0; i < pairs; i++) {
+    if (expert[i] < 0 || expert[i] >= experts) return 0;
+    offsets[expert[i] + 1]++;
+  }
+  for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+  std::vector<int64_t> next(offsets, offsets + experts);
+  for (int64_t i = 0; i < pairs; i++) {
+    const int64_t at = next[expert[i]]++;
+    sorted[at] = expert[i];
+    put(i, at);
+  }
+  return 1;
+}
+
 }  // namespace
 
 extern "C" {
@@ -92,19 +111,27 @@ void crossways_pairs(const uint64_t* words, const float* matrix, int64_t tokens,
 // Returns 0 if an expert lies outside [0, experts).
 int crossways_sort_pairs(const int64_t* expert, int64_t pairs, int64_t experts, int64_t* order, int64_t* sorted,
                          int64_t* offsets) {
-  std::fill_n(offsets, experts + 1, 0);
-  for (int64_t i = 0; i < pairs; i++) {
-    if (expert[i] < 0 || expert[i] >= experts) return 0;
-    offsets[expert[i] + 1]++;
-  }
-  for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
-  std::vector<int64_t> next(offsets, offsets + experts);
-  for (int64_t i = 0; i < pairs; i++) {
-    const int64_t at = next[expert[i]]++;
-    order[at] = i;
-    sorted[at] = expert[i];
-  }
-  return 1;
+  return sort(expert, pairs, experts, sorted, offsets, [&](int64_t from, int64_t to) { order[to] = from; });
+}
+
+// The same of what tokens chose, index (T, K): the pairs' tokens, and their weights, of 2 or 4 bytes each. With weight
+// null `order` gets the pairs' order in place of the weights.
+int crossways_sort_choices(const int64_t* index, const void* weight, int64_t tokens, int64_t k, int64_t experts,
+                           int64_t bytes, int64_t* token, int64_t* expert, void* sorted_weight, int64_t* offsets,
+                           int64_t* order) {
+  const auto* two = static_cast<const uint16_t*>(weight);
+  const auto* four = static_cast<const uint32_t*>(weight);
+  int64_t t = 0, left = k;  // instead of divisions
+  return sort(index, tokens * k, experts, expert, offsets, [&](int64_t i, int64_t at) {
+    token[at] = t;
+    if (--left == 0) t++, left = k;
+    if (!weight)
+      order[at] = i;
+    else if (bytes == 2)
+      static_cast<uint16_t*>(sorted_weight)[at] = two[i];
+    else
+      static_cast<uint32_t*>(sorted_weight)[at] = four[i];
+  });
 }
 
 // out[p] = matrix[token[p], expert[p]].

@@ -43,7 +43,12 @@ def ready(*tensors: Tensor) -> bool:
     C++ parts are at hand already or `fits` says so. For few tokens they save several small operations."""
     if torch.compiler.is_compiling():
         return False
-    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors) if is_loaded() else fits(*tensors)
+    if not is_loaded():
+        return fits(*tensors)
+    for tensor in tensors:  # plain, as this is asked for every decision
+        if type(tensor) is not Tensor or not tensor.is_cpu:
+            return False
+    return True
 
 
 def _at(tensor: Tensor | None) -> c_void_p:

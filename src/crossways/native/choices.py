@@ -1,0 +1,74 @@
+"""Each token's choices as pairs in the order of their experts, on the CPU, in one call: in a step of generation every
+small operation of PyTorch's counts. `Assignment.from_topk` keeps a plain PyTorch path beside it.
+
+Legend: T tokens, K experts per token, P = T K pairs, E experts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from crossways.native.loading import library
+from crossways.native.watched import is_watched
+
+
+def sorted_choices(
+    index_TK: Tensor, weight_TK: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A stable sort by expert.
+
+    Args:
+        index_TK: integers (T, K), where `routing.ready` says that the C++ parts may read them.
+        weight_TK: floating point (T, K); gradients flow through it.
+        num_experts: E.
+
+    Returns:
+        The pairs' tokens, experts, weights (P,), and the offsets (E + 1,); int64 but for the weights.
+
+    Raises:
+        ValueError: for an expert outside [0, E).
+    """
+    tokens, k = index_TK.shape
+    if index_TK.dtype != torch.int64 or not index_TK.is_contiguous():
+        index_TK = index_TK.to(torch.int64).contiguous()
+    token_P = torch.empty(tokens * k, dtype=torch.int64)
+    expert_P = torch.empty(tokens * k, dtype=torch.int64)
+    offsets_E1 = torch.empty(num_experts + 1, dtype=torch.int64)
+    plain = _is_plain(index_TK, weight_TK)
+    moved = torch.empty(tokens * k, dtype=weight_TK.dtype if plain else torch.int64)  # weights, or the pairs' order
+    weight, order = moved.data_ptr(), None
+    if not plain:
+        weight, order = order, weight
+    from_weight, size = (weight_TK.data_ptr(), weight_TK.element_size()) if plain else (None, 0)
+    if not _sort(library())(
+        index_TK.data_ptr(), from_weight, tokens, k, num_experts, size, token_P.data_ptr(), expert_P.data_ptr(),
+        weight, offsets_E1.data_ptr(), order,
+    ):  # fmt: skip
+        raise ValueError(f"experts must lie in [0, {num_experts}), got {int(index_TK.min())} to {int(index_TK.max())}")
+    return token_P, expert_P, moved if plain else weight_TK.take(moved), offsets_E1
+
+
+def _is_plain(index_TK: Tensor, weight_TK: Tensor) -> bool:
+    """Whether the weights are moved as they are, with nobody who wants to know how."""
+    return (
+        not (torch.is_grad_enabled() and weight_TK.requires_grad)
+        and not is_watched(weight_TK)
+        and weight_TK.is_cpu
+        and weight_TK.shape == index_TK.shape
+        and weight_TK.is_contiguous()
+        and weight_TK.element_size() in (2, 4)
+    )
+
+
+@cache
+def _sort(parts: ctypes.CDLL) -> Callable[..., int]:
+    """`crossways_sort_choices` with its types, so that numbers go there as they are."""
+    types = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, *(c_void_p,) * 5)
+    sort: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_int, *types)(("crossways_sort_choices", parts))
+    return sort
