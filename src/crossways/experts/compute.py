@@ -16,7 +16,7 @@ from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.experts.activation import Activation
 from crossways.experts.biased import Biases, with_biases
-from crossways.experts.fused import fused, why_not_fused
+from crossways.experts.fused import fused, why_not_fused, why_not_fused_here
 from crossways.experts.grouped import grouped
 from crossways.experts.loop import loop
 from crossways.experts.naive import naive
@@ -73,9 +73,9 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     Raises:
         UserError: for an unknown name, or a backend that cannot run; the message says why.
     """
-    device = torch.device(device)
-    if name in ("auto", "fused") and why_not_fused(device, dtype) is None:
+    if device == "cpu" and name in ("auto", "fused") and why_not_fused_here(dtype) is None:
         return "fused"  # what follows comes to the same, but in a step of generation it takes longer than routing
+    device = torch.device(device)
     if name == "auto":
         return _first_that_runs(device, dtype)
     if reason := why_not(name, device, dtype):
@@ -125,8 +125,9 @@ def compute_experts(
     _check_shapes(x_TD, assignment, up_EHD, down_EDF, activation)
     if biases is not None:
         _check_biases(biases, up_EHD, down_EDF)
-    device, dtype = x_TD.device.type, x_TD.dtype
-    if torch._C._is_any_autocast_enabled() and _autocasts(device) and dtype != torch.float64:
+    dtype = x_TD.dtype
+    if torch._C._is_any_autocast_enabled() and _autocasts(x_TD):
+        device = x_TD.device.type
         low = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             tensors = x_TD.to(low), assignment, up_EHD.to(low), down_EDF.to(low)
@@ -136,7 +137,7 @@ def compute_experts(
         raise ValueError(
             f"inputs are {dtype} but expert weights {up_EHD.dtype} and {down_EDF.dtype}; convert one, or use autocast"
         )
-    name = resolve_backend(backend, x_TD.device, dtype)
+    name = resolve_backend(backend, "cpu" if x_TD.is_cpu else x_TD.device, dtype)
     if name not in _TAKE_SLACK:
         assignment = assignment.compact()
     if biases is not None and name == "naive":
@@ -147,8 +148,10 @@ def compute_experts(
     return function(x_TD, assignment, up_EHD, down_EDF, activation)
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def _autocasts(x_TD: Tensor) -> bool:
+    device = x_TD.device.type
+    available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return available and x_TD.dtype != torch.float64
 
 
 def _check_biases(biases: Biases, up_EHD: Tensor, down_EDF: Tensor) -> None:

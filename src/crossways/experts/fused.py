@@ -41,6 +41,11 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run on tensors of this device and dtype, or None. May compile the C++ parts."""
     if device.type != "cpu":
         return f"it is for CPU tensors, and these are on {device.type}"
+    return why_not_fused_here(dtype)
+
+
+def why_not_fused_here(dtype: torch.dtype) -> str | None:
+    """The same for CPU tensors."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}"
     return why_not_native() or _why_not_with(library(), dtype)
@@ -131,10 +136,10 @@ def _run(
     if weight_P.dtype is not torch.float32 and weight_P.dtype is not torch.bfloat16:
         weight_P = weight_P.float()
     # Named, so that they live until the call is over.
-    x_TD, up_EHD, down_EDF, weight_P = (t.contiguous() for t in (x_TD, up_EHD, down_EDF, weight_P))
-    token_P, offsets_E1 = _indices(token_P), _indices(offsets_E1)
+    x_TD, up_EHD, down_EDF = x_TD.contiguous(), up_EHD.contiguous(), down_EDF.contiguous()
+    weight_P, token_P, offsets_E1 = weight_P.contiguous(), _indices(token_P), _indices(offsets_E1)
     (tokens, width), (experts, rows, _), expert_width = x_TD.shape, up_EHD.shape, down_EDF.shape[2]
-    y_TD = torch.empty((tokens, width), dtype=x_TD.dtype)
+    y_TD = torch.empty(tokens, width, dtype=x_TD.dtype)
     if not _pass(library())(
         x_TD.data_ptr(), up_EHD.data_ptr(), down_EDF.data_ptr(), weight_P.data_ptr(), token_P.data_ptr(),
         offsets_E1.data_ptr(), None if kept is None else kept.data_ptr(), y_TD.data_ptr(), tokens, experts,

@@ -61,8 +61,8 @@ template <int groups>
     if constexpr (groups > 2) _tile_dpbf16ps(2, 4, 7);
     if constexpr (groups > 3) _tile_loadd(5, words + 3 * group, 4 * TILE);
     if constexpr (groups > 3) _tile_dpbf16ps(3, 4, 5);
-    for (int64_t r = 0; rows.ask && r < TILE; r++)
-      asm volatile("prefetcht0 %0" : : "m"(rows.weights[r * rows.row + rows.width + k]));
+    for (int64_t r = 0; rows.ask && r < TILE; r++)  // to the second level: in the first, rows so far apart collide
+      asm volatile("prefetcht1 %0" : : "m"(rows.weights[r * rows.row + rows.width + k]));
   }
   _tile_stored(0, out, 4 * step);
   if constexpr (groups > 1) _tile_stored(1, out + out_group, 4 * step);

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from crossways.native.loading import is_loaded, library, why_not_native
 
@@ -35,13 +36,13 @@ def solves(*tensors: Tensor | None) -> bool:
         if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or not tensor.is_cpu:
             return False
         most = max(most, tensor.numel())
-    return most >= _SMALL and not torch.compiler.is_compiling() and why_not_native() is None
+    return most >= _SMALL and not is_compiling() and why_not_native() is None
 
 
 def ready(*tensors: Tensor) -> bool:
     """Whether to use functions that make the same of tensors of any size as PyTorch would: for CPU tensors, where the
     C++ parts are at hand already or `fits` says so. For few tokens they save several small operations."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     if not is_loaded():
         return fits(*tensors)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 
@@ -18,7 +18,7 @@ def is_watched(*tensors: Tensor) -> bool:
         if type(tensor) is not Tensor and type(tensor) is not Parameter:
             return True
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _are_functorch_transforms_active()
         or _len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
