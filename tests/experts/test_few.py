@@ -155,8 +155,12 @@ def test_nobody_is_chosen():
     assert not compute_experts(*given_, Activation("swiglu"), "fused").any()
 
 
-def test_the_number_of_threads_changes_no_bit():
-    given_ = problem(25, 7, 100, 83, "swiglu", torch.float32, 3)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("share", [0.05, 0.5], ids=["one token each", "many"])
+def test_the_number_of_threads_changes_no_bit(share, dtype):
+    if reason := why_not("fused", CPU, dtype):
+        pytest.skip(reason)
+    given_ = problem(25, 7, 100, 83, "swiglu", dtype, 3, share)
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2, 5):
@@ -167,8 +171,40 @@ def test_the_number_of_threads_changes_no_bit():
     assert torch.equal(found[0], found[2])
 
 
-def test_a_broken_token_stays_alone():
-    x_TD, pairs, *weights = problem(6, 4, 32, 32, "swiglu", torch.float32, 2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_of_any_dtype_are_as_good_as_in_float32(dtype):
+    x_TD, pairs, *matrices = problem(25, 7, 100, 83, "swiglu", torch.float32, 3)
+    narrow, wide = (pairs.with_weights(pairs.weight_P.to(dtype).to(to)) for to in (dtype, torch.float32))
+    expected = compute_experts(x_TD, wide, *matrices, Activation("swiglu"), "fused")
+    assert torch.equal(compute_experts(x_TD, narrow, *matrices, Activation("swiglu"), "fused"), expected)
+
+
+def test_any_strides_and_narrow_indices():
+    x_TD, pairs, up_EHD, down_EDF = problem(25, 7, 100, 83, "swiglu", torch.float32, 3)
+    expected = compute_experts(x_TD, pairs, up_EHD, down_EDF, Activation("swiglu"), "fused")
+    narrow = Assignment(pairs.token_P.int(), pairs.expert_P, pairs.weight_P, pairs.offsets_E1.int(), 25)
+    turned = x_TD.t().contiguous().t(), narrow, up_EHD.mT.contiguous().mT, down_EDF.mT.contiguous().mT
+    assert torch.equal(compute_experts(*turned, Activation("swiglu"), "fused"), expected)
+
+
+@pytest.mark.parametrize("tokens", [3, 64])
+def test_a_broken_weight_spoils_its_own_feature_only(tokens):
+    """In bfloat16 widths are filled up to what the matrix unit reads at once."""
+    if reason := why_not("fused", CPU, torch.bfloat16):
+        pytest.skip(reason)
+    x_TD, pairs, up_EHD, down_EDF = problem(tokens, 3, 70, 45, "swiglu", torch.bfloat16, 0)
+    down_EDF[1, 20, 44] = up_EHD[2, 44, 69] = torch.nan
+    y_TD = compute_experts(x_TD, pairs, up_EHD, down_EDF, Activation("swiglu"), "fused")
+    expected = compute_experts(x_TD, pairs, up_EHD, down_EDF, Activation("swiglu"), "naive")
+    assert 0 < expected.isnan().sum() < expected.numel()
+    assert torch.equal(y_TD.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_broken_token_stays_alone(dtype):
+    if reason := why_not("fused", CPU, dtype):
+        pytest.skip(reason)
+    x_TD, pairs, *weights = problem(6, 4, 32, 32, "swiglu", dtype, 2, share=0.9)
     x_TD[2] = torch.nan
     y_TD = compute_experts(x_TD, pairs, *weights, Activation("swiglu"), "fused")
     assert y_TD[2].isnan().all()

@@ -21,7 +21,7 @@ from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.native import library, why_not_native
 from crossways.native.memory import reused
-from crossways.native.watched import is_watched
+from crossways.native.watched import has_tangent, is_watched
 
 _FUNCTIONS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "reglu": 2, "relu": 2}
 
@@ -63,11 +63,16 @@ def fused(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor
 
     Raises:
         ValueError: for an assignment that names tokens that do not exist.
+        NotImplementedError: when somebody wants forward-mode derivatives, which would be lost.
     """
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     arguments = (*inputs, assignment.token_P, assignment.offsets_E1, activation.name)
-    return forward(*arguments, save)[0] if save or is_watched(*inputs) else _run(*arguments, None)
+    if not save and not is_watched(*inputs):
+        return _run(*arguments, None)
+    if has_tangent(*inputs):
+        raise NotImplementedError("`fused` has no forward-mode derivatives; choose the experts backend naive")
+    return forward(*arguments, save)[0]
 
 
 def _tensors(

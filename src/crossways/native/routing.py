@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from crossways.native.loading import is_loaded, library, why_not_native
+from crossways.native.watched import is_watched
 
 _SMALL = 4096
 
@@ -41,13 +42,13 @@ def solves(*tensors: Tensor | None) -> bool:
 
 def ready(*tensors: Tensor) -> bool:
     """Whether to use functions that make the same of tensors of any size as PyTorch would: for CPU tensors, where the
-    C++ parts are at hand already or `fits` says so. For few tokens they save several small operations."""
-    if is_compiling():
+    C++ parts are at hand already or `fits` says so, and nobody watches. For few tokens they save small operations."""
+    if is_watched(*tensors):
         return False
     if not is_loaded():
         return fits(*tensors)
     for tensor in tensors:  # plain, as this is asked for every decision
-        if type(tensor) is not Tensor or not tensor.is_cpu:
+        if not tensor.is_cpu:
             return False
     return True
 

@@ -23,3 +23,10 @@ def is_watched(*tensors: Tensor) -> bool:
         or _len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
     )
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether one of these carries a forward-mode derivative."""
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
