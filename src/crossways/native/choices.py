@@ -18,9 +18,7 @@ from crossways.native.loading import library
 from crossways.native.watched import is_watched
 
 
-def sorted_choices(
-    index_TK: Tensor, weight_TK: Tensor, num_experts: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sorted_choices(index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A stable sort by expert.
 
     Args:
@@ -42,15 +40,13 @@ def sorted_choices(
     offsets_E1 = torch.empty(num_experts + 1, dtype=torch.int64)
     plain = _is_plain(index_TK, weight_TK)
     moved = torch.empty(tokens * k, dtype=weight_TK.dtype if plain else torch.int64)  # weights, or the pairs' order
-    weight, order = moved.data_ptr(), None
-    if not plain:
-        weight, order = order, weight
-    from_weight, size = (weight_TK.data_ptr(), weight_TK.element_size()) if plain else (None, 0)
     if not _sort(library())(
-        index_TK.data_ptr(), from_weight, tokens, k, num_experts, size, token_P.data_ptr(), expert_P.data_ptr(),
-        weight, offsets_E1.data_ptr(), order,
+        index_TK.data_ptr(), weight_TK.data_ptr() if plain else None, tokens, k, num_experts,
+        weight_TK.element_size(), token_P.data_ptr(), expert_P.data_ptr(), moved.data_ptr(), offsets_E1.data_ptr(),
     ):  # fmt: skip
-        raise ValueError(f"experts must lie in [0, {num_experts}), got {int(index_TK.min())} to {int(index_TK.max())}")
+        raise ValueError(
+            f"experts must lie in [0, {num_experts}), got {int(index_TK.min())} to {int(index_TK.max())}"
+        )
     return token_P, expert_P, moved if plain else weight_TK.take(moved), offsets_E1
 
 
@@ -69,6 +65,6 @@ def _is_plain(index_TK: Tensor, weight_TK: Tensor) -> bool:
 @cache
 def _sort(parts: ctypes.CDLL) -> Callable[..., int]:
     """`crossways_sort_choices` with its types, so that numbers go there as they are."""
-    types = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, *(c_void_p,) * 5)
+    types = (*(c_void_p,) * 2, *(c_int64,) * 4, *(c_void_p,) * 4)
     sort: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_int, *types)(("crossways_sort_choices", parts))
     return sort

@@ -114,11 +114,10 @@ int crossways_sort_pairs(const int64_t* expert, int64_t pairs, int64_t experts, 
   return sort(expert, pairs, experts, sorted, offsets, [&](int64_t from, int64_t to) { order[to] = from; });
 }
 
-// The same of what tokens chose, index (T, K): the pairs' tokens, and their weights, of 2 or 4 bytes each. With weight
-// null `order` gets the pairs' order in place of the weights.
+// The same of what tokens chose, index (T, K): the pairs' tokens, experts, and as `moved` their weights, of 2 or 4 bytes
+// each. With weight null, int64_t moved[i] = which pair comes i-th.
 int crossways_sort_choices(const int64_t* index, const void* weight, int64_t tokens, int64_t k, int64_t experts,
-                           int64_t bytes, int64_t* token, int64_t* expert, void* sorted_weight, int64_t* offsets,
-                           int64_t* order) {
+                           int64_t bytes, int64_t* token, int64_t* expert, void* moved, int64_t* offsets) {
   const auto* two = static_cast<const uint16_t*>(weight);
   const auto* four = static_cast<const uint32_t*>(weight);
   int64_t t = 0, left = k;  // instead of divisions
@@ -126,11 +125,11 @@ int crossways_sort_choices(const int64_t* index, const void* weight, int64_t tok
     token[at] = t;
     if (--left == 0) t++, left = k;
     if (!weight)
-      order[at] = i;
+      static_cast<int64_t*>(moved)[at] = i;
     else if (bytes == 2)
-      static_cast<uint16_t*>(sorted_weight)[at] = two[i];
+      static_cast<uint16_t*>(moved)[at] = two[i];
     else
-      static_cast<uint32_t*>(sorted_weight)[at] = four[i];
+      static_cast<uint32_t*>(moved)[at] = four[i];
   });
 }
 

@@ -45,12 +45,10 @@ def ready(*tensors: Tensor) -> bool:
     C++ parts are at hand already or `fits` says so, and nobody watches. For few tokens they save small operations."""
     if is_watched(*tensors):
         return False
-    if not is_loaded():
-        return fits(*tensors)
     for tensor in tensors:  # plain, as this is asked for every decision
         if not tensor.is_cpu:
             return False
-    return True
+    return is_loaded() or fits(*tensors)
 
 
 def _at(tensor: Tensor | None) -> c_void_p:
