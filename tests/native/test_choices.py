@@ -65,3 +65,17 @@ def test_experts_that_do_not_exist_are_refused(wrong):
     index_TK[3, 2] = wrong
     with pytest.raises(ValueError, match=r"\[0, 9\), got"):
         Assignment.from_topk(index_TK, weight_TK, 9)
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["no gradients", "gradients"])
+def test_places_may_be_empty(wanted):
+    index_TK, weight_TK = choices(40, 9, 4)
+    weight_TK.requires_grad_(wanted)
+    token_P, expert_P, weight_P, offsets_E1 = sorted_choices(index_TK, weight_TK, 5, empty=True)
+    kept_TK = index_TK < 5
+    cells_TE = torch.zeros(40, 5).index_put((token_P, expert_P), weight_P.detach())
+    assert offsets_E1[-1] == len(token_P) == len(expert_P) == kept_TK.sum()
+    assert torch.equal(cells_TE.gather(1, index_TK.clamp(max=4))[kept_TK], weight_TK[kept_TK])
+    index_TK[0, 0] = -1
+    with pytest.raises(ValueError, match="negative, got -1"):
+        sorted_choices(index_TK, weight_TK, 5, empty=True)

@@ -1,7 +1,7 @@
 """Each token's choices as pairs in the order of their experts, on the CPU, in one call: in a step of generation every
-small operation of PyTorch's counts. `Assignment.from_topk` keeps a plain PyTorch path beside it.
+small operation of PyTorch's counts. `Assignment.from_topk` and `crossways.rectangle` keep plain PyTorch paths beside it.
 
-Legend: T tokens, K experts per token, P = T K pairs, E experts.
+Legend: T tokens, K experts per token, P pairs, T K if no place is empty, E experts.
 """
 
 from __future__ import annotations
@@ -18,36 +18,42 @@ from crossways.native.loading import library
 from crossways.native.watched import is_watched
 
 
-def sorted_choices(index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sorted_choices(
+    index_TK: Tensor, weight_TK: Tensor, num_experts: int, *, empty: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A stable sort by expert.
 
     Args:
         index_TK: integers (T, K), where `routing.ready` says that the C++ parts may read them.
         weight_TK: floating point (T, K); gradients flow through it.
         num_experts: E.
+        empty: whether E and more mean that a place is empty.
 
     Returns:
         The pairs' tokens, experts, weights (P,), and the offsets (E + 1,); int64 but for the weights.
 
     Raises:
-        ValueError: for an expert outside [0, E).
+        ValueError: for an expert outside [0, E), or with `empty` below 0.
     """
     tokens, k = index_TK.shape
     if index_TK.dtype != torch.int64 or not index_TK.is_contiguous():
         index_TK = index_TK.to(torch.int64).contiguous()
-    token_P = torch.empty(tokens * k, dtype=torch.int64)
-    expert_P = torch.empty(tokens * k, dtype=torch.int64)
+    most = tokens * k
+    token_P = torch.empty(most, dtype=torch.int64)
+    expert_P = torch.empty(most, dtype=torch.int64)
     offsets_E1 = torch.empty(num_experts + 1, dtype=torch.int64)
     plain = _is_plain(index_TK, weight_TK)
-    moved = torch.empty(tokens * k, dtype=weight_TK.dtype if plain else torch.int64)  # weights, or the pairs' order
-    if not _sort(library())(
-        index_TK.data_ptr(), weight_TK.data_ptr() if plain else None, tokens, k, num_experts,
-        weight_TK.element_size(), token_P.data_ptr(), expert_P.data_ptr(), moved.data_ptr(), offsets_E1.data_ptr(),
-    ):  # fmt: skip
-        raise ValueError(
-            f"experts must lie in [0, {num_experts}), got {int(index_TK.min())} to {int(index_TK.max())}"
-        )
-    return token_P, expert_P, moved if plain else weight_TK.take(moved), offsets_E1
+    moved_P = torch.empty(most, dtype=weight_TK.dtype if plain else torch.int64)  # weights, or the places of pairs
+    count = _sort(library())(
+        index_TK.data_ptr(), weight_TK.data_ptr() if plain else None, tokens, k, num_experts, not empty,
+        weight_TK.element_size(), token_P.data_ptr(), expert_P.data_ptr(), moved_P.data_ptr(), offsets_E1.data_ptr(),
+    )  # fmt: skip
+    if count < 0:
+        limits = "not be negative" if empty else f"lie in [0, {num_experts})"
+        raise ValueError(f"experts must {limits}, got {int(index_TK.min())} to {int(index_TK.max())}")
+    if count < most:
+        token_P, expert_P, moved_P = token_P[:count], expert_P[:count], moved_P[:count]
+    return token_P, expert_P, moved_P if plain else weight_TK.take(moved_P), offsets_E1
 
 
 def _is_plain(index_TK: Tensor, weight_TK: Tensor) -> bool:
@@ -65,6 +71,6 @@ def _is_plain(index_TK: Tensor, weight_TK: Tensor) -> bool:
 @cache
 def _sort(parts: ctypes.CDLL) -> Callable[..., int]:
     """`crossways_sort_choices` with its types, so that numbers go there as they are."""
-    types = (*(c_void_p,) * 2, *(c_int64,) * 4, *(c_void_p,) * 4)
-    sort: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_int, *types)(("crossways_sort_choices", parts))
+    types = (*(c_void_p,) * 2, *(c_int64,) * 5, *(c_void_p,) * 4)
+    sort: Callable[..., int] = ctypes.CFUNCTYPE(c_int64, *types)(("crossways_sort_choices", parts))
     return sort
