@@ -1,5 +1,5 @@
 """Each token's choices as pairs in the order of their experts, on the CPU, in one call: in a step of generation every
-small operation of PyTorch's counts. `Assignment.from_topk` and `crossways.rectangle` keep plain PyTorch paths beside it.
+small operation of PyTorch's counts. `Assignment.from_topk` and `crossways.rectangle` keep plain PyTorch paths beside.
 
 Legend: T tokens, K experts per token, P pairs, T K if no place is empty, E experts.
 """
