@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from crossways.native import bits, routing
+from crossways.native import bits, choices, routing
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class Assignment:
         """From the rectangular form of per-token selections: int64 (T, K) expert indices and their (T, K) weights."""
         num_tokens, k = index_TK.shape
         if k and routing.ready(index_TK):
-            order_P, expert_P, offsets_E1 = routing.sort_pairs(index_TK.reshape(-1), num_experts)
-            return cls(order_P // k, expert_P, weight_TK.take(order_P), offsets_E1, num_tokens)
+            return cls(*choices.sorted_choices(index_TK, weight_TK, num_experts), num_tokens)
         token_P = torch.arange(num_tokens, device=index_TK.device).repeat_interleave(k)
         return cls.from_pairs(token_P, index_TK.reshape(-1), weight_TK.reshape(-1), num_tokens, num_experts)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.native import rectangle, routing
+from crossways.native.choices import sorted_choices
 
 
 def to_rectangle(assignment: Assignment) -> tuple[Tensor, Tensor]:
@@ -49,8 +50,6 @@ def from_rectangle(index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Ass
         num_experts: E.
     """
     if routing.ready(index_TK):
-        token_P, expert_P, place_P, offsets_E1 = rectangle.pairs(index_TK, num_experts)
-        weight_P = weight_TK.reshape(-1).index_select(0, place_P)
-        return Assignment(token_P, expert_P, weight_P, offsets_E1, len(index_TK))
+        return Assignment(*sorted_choices(index_TK, weight_TK, num_experts, empty=True), index_TK.shape[0])
     known = Assignment.from_topk(index_TK.clamp(max=num_experts), weight_TK, num_experts + 1)
     return known.of_experts(0, num_experts)

@@ -16,7 +16,7 @@ from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.experts.activation import Activation
 from crossways.experts.biased import Biases, with_biases
-from crossways.experts.fused import fused, why_not_fused
+from crossways.experts.fused import fused, why_not_fused, why_not_fused_here
 from crossways.experts.grouped import grouped
 from crossways.experts.loop import loop
 from crossways.experts.naive import naive
@@ -73,6 +73,8 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     Raises:
         UserError: for an unknown name, or a backend that cannot run; the message says why.
     """
+    if device == "cpu" and name in ("auto", "fused") and why_not_fused_here(dtype) is None:
+        return "fused"  # what follows comes to the same, but in a step of generation it takes longer than routing
     device = torch.device(device)
     if name == "auto":
         return _first_that_runs(device, dtype)
@@ -123,8 +125,9 @@ def compute_experts(
     _check_shapes(x_TD, assignment, up_EHD, down_EDF, activation)
     if biases is not None:
         _check_biases(biases, up_EHD, down_EDF)
-    device, dtype = x_TD.device.type, x_TD.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    dtype = x_TD.dtype
+    if torch._C._is_any_autocast_enabled() and _autocasts(x_TD):
+        device = x_TD.device.type
         low = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             tensors = x_TD.to(low), assignment, up_EHD.to(low), down_EDF.to(low)
@@ -134,7 +137,7 @@ def compute_experts(
         raise ValueError(
             f"inputs are {dtype} but expert weights {up_EHD.dtype} and {down_EDF.dtype}; convert one, or use autocast"
         )
-    name = resolve_backend(backend, x_TD.device, dtype)
+    name = resolve_backend(backend, "cpu" if x_TD.is_cpu else x_TD.device, dtype)
     if name not in _TAKE_SLACK:
         assignment = assignment.compact()
     if biases is not None and name == "naive":
@@ -143,6 +146,12 @@ def compute_experts(
     if biases is not None:
         return with_biases(function, x_TD, assignment, up_EHD, down_EDF, activation, biases)
     return function(x_TD, assignment, up_EHD, down_EDF, activation)
+
+
+def _autocasts(x_TD: Tensor) -> bool:
+    device = x_TD.device.type
+    available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return available and x_TD.dtype != torch.float64
 
 
 def _check_biases(biases: Biases, up_EHD: Tensor, down_EDF: Tensor) -> None:
@@ -158,9 +167,8 @@ def _check_shapes(
     x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation
 ) -> None:
     tokens, model_width = x_TD.shape
-    experts, _, width = down_EDF.shape
-    expected = (experts, width * (2 if activation.gated else 1), model_width)
-    if tuple(up_EHD.shape) != expected or down_EDF.shape[1] != model_width:
+    experts, outputs, width = down_EDF.shape
+    if up_EHD.shape != (experts, width * (2 if activation.gated else 1), model_width) or outputs != model_width:
         raise ValueError(
             f"expert weights {tuple(up_EHD.shape)} and {tuple(down_EDF.shape)} do not fit inputs {tuple(x_TD.shape)} "
             f"with activation {activation.name!r}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from crossways.assignment import Assignment
 from crossways.experts.activation import Activation
 from crossways.native import library, why_not_native
 from crossways.native.memory import reused
+from crossways.native.watched import has_tangent, is_watched
 
 _FUNCTIONS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "reglu": 2, "relu": 2}
 
@@ -40,11 +42,19 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run on tensors of this device and dtype, or None. May compile the C++ parts."""
     if device.type != "cpu":
         return f"it is for CPU tensors, and these are on {device.type}"
+    return why_not_fused_here(dtype)
+
+
+def why_not_fused_here(dtype: torch.dtype) -> str | None:
+    """The same for CPU tensors."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}"
-    if reason := why_not_native():
-        return reason
-    if dtype == torch.bfloat16 and not library().crossways_matrix_unit():
+    return why_not_native() or _why_not_with(library(), dtype)
+
+
+@cache
+def _why_not_with(parts: ctypes.CDLL, dtype: torch.dtype) -> str | None:
+    if dtype == torch.bfloat16 and not parts.crossways_matrix_unit():
         return "in bfloat16 it needs a processor (and a compiler that knows it) with AMX"
     return None
 
@@ -54,24 +64,16 @@ def fused(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor
 
     Raises:
         ValueError: for an assignment that names tokens that do not exist.
+        NotImplementedError: when somebody wants forward-mode derivatives, which would be lost.
     """
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    arguments = (*inputs, assignment.token_P, assignment.offsets_E1, activation.name, save)
-    if _is_watched(x_TD):
-        return forward(*arguments)[0]
-    return _Unwatched.apply(*arguments) if save else _forward(*arguments)[0]
-
-
-def _is_watched(x_TD: Tensor) -> bool:
-    """Whether somebody looks at operators, so that what we do has to be one: compilers, tracers, transforms. Without
-    them the detour through PyTorch's dispatcher is a good part of the time that a few tokens take."""
-    return (
-        type(x_TD) not in (Tensor, torch.nn.Parameter)
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    arguments = (*inputs, assignment.token_P, assignment.offsets_E1, activation.name)
+    if is_watched(*inputs):
+        if has_tangent(*inputs):
+            raise NotImplementedError("`fused` has no forward-mode derivatives; choose the experts backend naive")
+        return forward(*arguments, save)[0]
+    return _Unwatched.apply(*arguments, save) if save else _run(*arguments, None)
 
 
 def _tensors(
@@ -121,20 +123,52 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output (T, D), and what backward needs."""
-    tensors = _tensors(x_TD, weight_P, up_EHD, down_EDF, token_P, offsets_E1)
-    tensors["y"] = torch.empty_like(tensors["x"])
     kept = reused(_kept(up_EHD, token_P, save), x_TD.dtype)
-    problem = _problem(tensors | ({"kept": kept} if save else {}), activation)
-    if not library().crossways_valid(ctypes.byref(problem), ctypes.c_int64(len(token_P))):
+    return _run(x_TD, weight_P, up_EHD, down_EDF, token_P, offsets_E1, activation, kept if save else None), kept
+
+
+def _run(
+    x_TD: Tensor,
+    weight_P: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    token_P: Tensor,
+    offsets_E1: Tensor,
+    activation: str,
+    kept: Tensor | None,
+) -> Tensor:
+    """The output (T, D); fills `kept`. In as few operations as can be: in a step of generation they take as long as
+    the kernel."""
+    if weight_P.dtype is not torch.float32 and weight_P.dtype is not torch.bfloat16:
+        weight_P = weight_P.float()
+    # Named, so that they live until the call is over.
+    x_TD, up_EHD, down_EDF = x_TD.contiguous(), up_EHD.contiguous(), down_EDF.contiguous()
+    weight_P, token_P, offsets_E1 = weight_P.contiguous(), _indices(token_P), _indices(offsets_E1)
+    (tokens, width), (experts, rows, _), expert_width = x_TD.shape, up_EHD.shape, down_EDF.shape[2]
+    y_TD = torch.empty(tokens, width, dtype=x_TD.dtype)
+    if not _pass(library())(
+        x_TD.data_ptr(), up_EHD.data_ptr(), down_EDF.data_ptr(), weight_P.data_ptr(), token_P.data_ptr(),
+        offsets_E1.data_ptr(), None if kept is None else kept.data_ptr(), y_TD.data_ptr(), tokens, experts,
+        token_P.shape[0], width, expert_width, rows > expert_width, _FUNCTIONS[activation],
+        x_TD.dtype is torch.bfloat16, weight_P.dtype is torch.bfloat16, torch.get_num_threads(),
+    ):  # fmt: skip
         raise ValueError(
-            f"the assignment does not fit: a token outside [0, {len(x_TD)}), or offsets that are not its pairs'; "
+            f"the assignment does not fit: a token outside [0, {tokens}), or offsets that are not its pairs'; "
             "build it with Assignment.from_pairs, from_topk or from_mask"
         )
-    half = int(x_TD.dtype == torch.bfloat16)
-    few = library().crossways_few(ctypes.byref(problem), half)
-    run = library().crossways_experts_few if few else library().crossways_experts_forward
-    run(ctypes.byref(problem), half)
-    return tensors["y"], kept
+    return y_TD
+
+
+def _indices(index: Tensor) -> Tensor:
+    return index.contiguous() if index.dtype is torch.int64 else index.to(torch.int64).contiguous()
+
+
+@cache
+def _pass(parts: ctypes.CDLL) -> Callable[..., int]:
+    """`crossways_experts_pass` with its types, so that numbers go there as they are."""
+    types = (*(ctypes.c_void_p,) * 8, *(ctypes.c_int64,) * 10)
+    run: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_int, *types)(("crossways_experts_pass", parts))
+    return run
 
 
 forward = torch.library.custom_op("crossways::fused_experts", _forward, mutates_args=(), device_types="cpu")
@@ -214,10 +248,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (None,) * 8 if grad_TD is None else _gradients(ctx, grad_TD, backward)
+    return _gradients(ctx, grad_TD, backward)
 
 
-def _gradients(ctx: Any, grad_TD: Tensor, compute: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, grad_TD: Tensor | None, compute: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
+    if grad_TD is None:
+        return (None,) * 8
     wanted = list(ctx.needs_input_grad[:4])
     grads = compute(grad_TD, *ctx.saved_tensors, ctx.activation, wanted)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
@@ -237,5 +275,5 @@ class _Unwatched(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TD: Tensor | None) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, grad_TD, _backward)

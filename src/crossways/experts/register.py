@@ -121,7 +121,8 @@ def plan_experts(module: nn.Module) -> Plan:
     if isinstance(activation, str):
         return Plan(_fallback(module), activation)
     up_EHD, _ = _matrices(module)
-    return Plan(resolve_backend("auto", up_EHD.device, up_EHD.dtype), None, activation)
+    device = "cpu" if up_EHD.is_cpu else up_EHD.device
+    return Plan(resolve_backend("auto", device, up_EHD.dtype), None, activation)
 
 
 def compute_module(

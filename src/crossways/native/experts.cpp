@@ -8,7 +8,6 @@
 // Reading order: simd.h, operands.h, matrix_unit.h, vectors.h, few_rows.h, thin.h, product.h, rows.h, problem.h,
 // activation.h, forward.h, transposed.h, backward.h, this.
 #include "backward.h"
-#include "settle.h"
 
 using namespace crossways;
 
@@ -93,9 +92,6 @@ int crossways_valid(const Problem* p, int64_t pairs) {
 }
 
 // `half` is 1 for bfloat16, 0 for float32.
-void crossways_experts_forward(const Problem* p, int half) {
-  const Settled settled(*p, half);
-  half ? forward<bf16>(*p) : forward<float>(*p);
-}
+void crossways_experts_forward(const Problem* p, int half) { half ? forward<bf16>(*p) : forward<float>(*p); }
 void crossways_experts_backward(const Problem* p, int half) { half ? backward<bf16>(*p) : backward<float>(*p); }
 }

@@ -36,7 +36,10 @@ def why_not_native() -> str | None:
 
 def is_loaded() -> bool:
     """Whether the C++ parts are at hand, without building or loading them."""
-    return bool(_load.cache_info().currsize) and why_not_native() is None
+    try:
+        return _found()
+    except NativeUnavailableError:
+        return False
 
 
 def library() -> ctypes.CDLL:
@@ -49,6 +52,14 @@ def library() -> ctypes.CDLL:
     if isinstance(loaded, str):
         raise NativeUnavailableError(loaded)
     return loaded
+
+
+@cache
+def _found() -> bool:
+    """Whether loading them succeeded. What is raised before that was tried is not cached: then it is asked again."""
+    if not _load.cache_info().currsize:
+        raise NativeUnavailableError("not loaded yet")
+    return not isinstance(_load(), str)
 
 
 @cache

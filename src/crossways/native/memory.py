@@ -2,7 +2,7 @@
 
 PyTorch asks the system for every large CPU tensor anew, and the kernel clears each page when it is first touched: for
 gradients of hundreds of megabytes that takes longer than computing them. Blocks from here go back to a pool when the
-last tensor that uses them is gone, as on a GPU. From those that wait long the kernel may take pages if memory is short.
+last tensor that uses them is gone, as on a GPU. Of those that wait long the kernel may take pages when it needs some.
 """
 
 from __future__ import annotations

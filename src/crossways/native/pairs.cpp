@@ -51,6 +51,27 @@ void write_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* to, co
       }
 }
 
+// A stable counting sort by expert; put(i, at) is told that pair i comes in place `at`. Experts from `experts` on are
+// left out, or with `strict` refused. Returns how many pairs there are, or -1 if an expert is refused or negative.
+template <class Put>
+int64_t sort(const int64_t* expert, int64_t pairs, int64_t experts, bool strict, int64_t* sorted, int64_t* offsets,
+             Put&& put) {
+  std::fill_n(offsets, experts + 1, 0);
+  for (int64_t i = 0; i < pairs; i++) {
+    if (expert[i] < 0 || (strict && expert[i] >= experts)) return -1;
+    if (expert[i] < experts) offsets[expert[i] + 1]++;
+  }
+  for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+  std::vector<int64_t> next(offsets, offsets + experts);
+  for (int64_t i = 0; i < pairs; i++) {
+    if (expert[i] >= experts) continue;
+    const int64_t at = next[expert[i]]++;
+    sorted[at] = expert[i];
+    put(i, at);
+  }
+  return offsets[experts];
+}
+
 }  // namespace
 
 extern "C" {
@@ -92,19 +113,28 @@ void crossways_pairs(const uint64_t* words, const float* matrix, int64_t tokens,
 // Returns 0 if an expert lies outside [0, experts).
 int crossways_sort_pairs(const int64_t* expert, int64_t pairs, int64_t experts, int64_t* order, int64_t* sorted,
                          int64_t* offsets) {
-  std::fill_n(offsets, experts + 1, 0);
-  for (int64_t i = 0; i < pairs; i++) {
-    if (expert[i] < 0 || expert[i] >= experts) return 0;
-    offsets[expert[i] + 1]++;
-  }
-  for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
-  std::vector<int64_t> next(offsets, offsets + experts);
-  for (int64_t i = 0; i < pairs; i++) {
-    const int64_t at = next[expert[i]]++;
-    order[at] = i;
-    sorted[at] = expert[i];
-  }
-  return 1;
+  return sort(expert, pairs, experts, true, sorted, offsets, [&](int64_t i, int64_t at) { order[at] = i; }) >= 0;
+}
+
+// The same of what tokens chose, index (T, K): the pairs' tokens, experts, and as `moved` their weights, of 2 or 4 bytes
+// each. With weight null, int64_t moved[i] = which place of `index` comes i-th. Unless `strict`, an index from `experts`
+// on means that a place is empty. Returns how many pairs there are, or -1 for an expert that cannot be.
+int64_t crossways_sort_choices(const int64_t* index, const void* weight, int64_t tokens, int64_t k, int64_t experts,
+                               int64_t strict, int64_t bytes, int64_t* token, int64_t* expert, void* moved,
+                               int64_t* offsets) {
+  const auto* two = static_cast<const uint16_t*>(weight);
+  const auto* four = static_cast<const uint32_t*>(weight);
+  int64_t t = 0, end = k;  // instead of divisions
+  return sort(index, tokens * k, experts, strict, expert, offsets, [&](int64_t i, int64_t at) {
+    while (i >= end) t++, end += k;
+    token[at] = t;
+    if (!weight)
+      static_cast<int64_t*>(moved)[at] = i;
+    else if (bytes == 2)
+      static_cast<uint16_t*>(moved)[at] = two[i];
+    else
+      static_cast<uint32_t*>(moved)[at] = four[i];
+  });
 }
 
 // out[p] = matrix[token[p], expert[p]].

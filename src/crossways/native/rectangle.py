@@ -1,5 +1,5 @@
-"""Between pairs sorted by expert and the rectangular form of routing, on the CPU, in C++; `crossways.rectangle` keeps
-a plain PyTorch path beside it.
+"""From pairs sorted by expert to the rectangular form of routing, on the CPU, in C++ (back is in `choices.py`);
+`crossways.rectangle` keeps a plain PyTorch path beside it.
 
 Legend: T tokens, P pairs, E experts, K places of a token.
 """
@@ -45,23 +45,3 @@ def places(
         _at(index_TK), _at(weight_TK),
     )  # fmt: skip
     return index_TK, place_P, weight_TK
-
-
-def pairs(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, experts and places (P,) of the entries below E, by expert, then by token, and the offsets (E + 1,);
-    int64.
-
-    Raises:
-        ValueError: for an expert below 0.
-    """
-    index_TK = index_TK.to(torch.int64).contiguous()
-    offsets_E1 = torch.empty(num_experts + 1, dtype=torch.int64)
-    native = library()
-    at, count, experts = _at(index_TK), c_int64(index_TK.numel()), c_int64(num_experts)
-    if not native.crossways_place_offsets(at, count, experts, _at(offsets_E1)):
-        raise ValueError(f"experts must not be negative, got {int(index_TK.min())}")
-    token_P = torch.empty(int(offsets_E1[-1]), dtype=torch.int64)
-    expert_P, place_P = torch.empty_like(token_P), torch.empty_like(token_P)
-    k = c_int64(index_TK.shape[-1])
-    native.crossways_place_pairs(at, count, k, experts, _at(offsets_E1), _at(token_P), _at(expert_P), _at(place_P))
-    return token_P, expert_P, place_P, offsets_E1

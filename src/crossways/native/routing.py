@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from crossways.native.loading import is_loaded, library, why_not_native
+from crossways.native.watched import is_watched
 
 _SMALL = 4096
 
@@ -35,15 +37,18 @@ def solves(*tensors: Tensor | None) -> bool:
         if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or not tensor.is_cpu:
             return False
         most = max(most, tensor.numel())
-    return most >= _SMALL and not torch.compiler.is_compiling() and why_not_native() is None
+    return most >= _SMALL and not is_compiling() and why_not_native() is None
 
 
 def ready(*tensors: Tensor) -> bool:
     """Whether to use functions that make the same of tensors of any size as PyTorch would: for CPU tensors, where the
-    C++ parts are at hand already or `fits` says so. For few tokens they save several small operations."""
-    if torch.compiler.is_compiling():
+    C++ parts are at hand already or `fits` says so, and nobody watches. For few tokens they save small operations."""
+    if is_watched(*tensors):
         return False
-    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors) if is_loaded() else fits(*tensors)
+    for tensor in tensors:  # plain, as this is asked for every decision
+        if not tensor.is_cpu:
+            return False
+    return is_loaded() or fits(*tensors)
 
 
 def _at(tensor: Tensor | None) -> c_void_p:
