@@ -2,6 +2,8 @@
 //
 // Legend: E experts, K experts per token.
 #pragma once
+#include <omp.h>
+
 #include <vector>
 
 #include "bits.h"
@@ -27,7 +29,9 @@ struct Sixteen {
       for (int64_t i = 0; i < 16; i++) {
         row[i] = _mm512_set1_epi32(CLOSED);
         if (i >= count) continue;
-        const __m512i key = keys_of(_mm512_maskz_loadu_ps(real, x + (first + i) * experts + 16 * piece));
+        const float* here = x + (first + i) * experts + 16 * piece;
+        __builtin_prefetch(here + 16 * experts);  // the next sixteen tokens, while these are ranked
+        const __m512i key = keys_of(_mm512_maskz_loadu_ps(real, here));
         row[i] = _mm512_mask_mov_epi32(row[i], may.open(first + i, piece), key);
       }
       crossways::transpose(row);
@@ -100,5 +104,20 @@ inline void put_taken(const Bits& bits, int64_t first, int64_t count, const Sixt
     _mm512_store_si512(words, half[0]);
     _mm512_store_si512(words + 8, half[1]);
     for (int64_t i = 0; i < count; i++) bits.of(first + i)[w] = words[i];
+  }
+}
+
+// `each(tokens, first, count)` for every sixteen tokens, with their keys at hand. Every thread has a copy of `each`.
+template <class Each>
+void for_sixteens(const float* x, const Allowed& may, int64_t tokens, int64_t k, int64_t threads, Each each) {
+#pragma omp parallel num_threads(threads) firstprivate(each)
+  {
+    Sixteen sixteen(may.experts, k);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < (tokens + 15) / 16; block++) {
+      const int64_t count = std::min<int64_t>(16, tokens - 16 * block);
+      sixteen.load(x, may, 16 * block, count);
+      each(sixteen, 16 * block, count);
+    }
   }
 }
