@@ -252,6 +252,20 @@ def sinkhorn(logits_GNE: Tensor, valid_GN: Tensor | None, most: int, tolerance: 
     return balanced_GNE
 
 
+def of_sinkhorn(
+    logits_GNE: Tensor, k: int, most: int, tolerance: float, valid_GN: Tensor | None, allowed: Bits | Tensor | None
+) -> Bits:
+    """Of each token's k greatest allowed entries of that matrix, which is not written down."""
+    logits_GNE, valid_GN = _ready(logits_GNE, torch.float32), _maybe(valid_GN)
+    (groups, tokens, experts), allowed = logits_GNE.shape, _allowed(allowed)
+    bits = _none(groups * tokens, experts)
+    library().crossways_bits_of_sinkhorn(
+        _at(logits_GNE), _at(valid_GN), _words(allowed), *map(c_int64, (groups, tokens, experts, most)),
+        c_double(tolerance), c_int64(k), _words(bits), _threads(),
+    )  # fmt: skip
+    return bits
+
+
 def pairs(bits: Bits, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens (P,), experts (P,), their entries of `weight` (..., E) and offsets (E + 1,), by expert, then by token.
     Gradients flow back to `weight`."""

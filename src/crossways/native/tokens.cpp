@@ -35,11 +35,6 @@ void limit(Sixteen& tokens, Sixteen& scratch, std::vector<__m512i>& scores, int6
   }
 }
 
-void put_open(const Bits& bits, Sixteen& found, int64_t first, int64_t count, int64_t k) {
-  for (int64_t j = 0; j < k; j++) found.taken[j] = found.open(j);
-  put_taken(bits, first, count, found, k);
-}
-
 }  // namespace
 
 extern "C" {
