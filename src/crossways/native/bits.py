@@ -266,6 +266,16 @@ def of_sinkhorn(
     return bits
 
 
+def of_balanced(gain: Tensor, groups: int) -> Bits | None:
+    """What `routing.balanced` gives for float32 gains and groups of as many tokens each; None if one is not finite."""
+    gain, tokens, experts = _flat(gain)
+    bits = _none(tokens, experts)
+    starts = (c_int64 * (groups + 1))(*(g * (tokens // max(groups, 1)) for g in range(groups + 1)))
+    sizes = c_int64(groups), c_int64(experts)
+    solved = library().crossways_bits_of_balanced(_at(gain), starts, *sizes, _words(bits), _threads())
+    return bits if solved else None
+
+
 def pairs(bits: Bits, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens (P,), experts (P,), their entries of `weight` (..., E) and offsets (E + 1,), by expert, then by token.
     Gradients flow back to `weight`."""
