@@ -172,6 +172,21 @@ def test_sinkhorn_takes_what_it_balanced(monkeypatch, group, k):
         assert torch.equal(found.to_mask(), expected.to_mask())
 
 
+@pytest.mark.parametrize("rule", [Sinkhorn(k=2), Base(), Capacity(k=2, factor=0.5)], ids=str)
+def test_groups_side_by_side_do_not_meet(rule):
+    torch.manual_seed(0)
+    before, row_SE = torch.get_num_threads(), torch.randn(1500, 20)
+    torch.set_num_threads(2)
+    try:
+        mask_TE = rule(row_SE.repeat(8, 1, 1), row_SE.repeat(8, 1, 1)).to_mask()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(mask_TE.view(8, 1500, 20), mask_TE[:1500].expand(8, -1, -1))
+
+
+BUDGETS = [0, 1, 3, 90, 700, 900, 1000, 1125, 4500, 8000, 8999, 9000, 9500, 2, 30, 2250, 10, 5, 7, 1100]
+
+
 def columns_of(kind):
     """Columns (N, E) of many tokens, of which a sample says more or less."""
     x_NE = torch.randn(9000, 20)
@@ -185,18 +200,20 @@ def columns_of(kind):
         x_NE[::8] += torch.tensor([9.0, -9.0]).repeat(10)
     if kind == "in order":
         return x_NE.sort(0).values
+    if kind == "apart":  # what is sampled are zeros, and as many as the budget says, of the others, are greater
+        place_N1 = torch.arange(9000)[:, None] - torch.arange(9000)[:, None] // 8 - 1
+        x_NE = torch.where(place_N1 < torch.tensor(BUDGETS), x_NE.abs() + 1, -5)
+        x_NE[::8] = 0
     return x_NE
 
 
-@pytest.mark.parametrize("kind", ["plain", "ties", "alike", "broken", "misleading", "in order"])
+@pytest.mark.parametrize("kind", ["plain", "ties", "alike", "broken", "misleading", "in order", "apart"])
 @pytest.mark.parametrize("open_share", [1.0, 0.1, 0.0])
 def test_columns_of_many_tokens(kind, open_share):
     torch.manual_seed(0)
     x_NE = columns_of(kind)
     allowed_NE = None if open_share == 1 else torch.rand_like(x_NE) < open_share
-    budget_1E = torch.tensor(
-        [[0, 1, 3, 90, 700, 900, 1000, 1125, 4500, 8000, 8999, 9000, 9500, 2, 30, 2250, 10, 5, 7, 1100]]
-    )
+    budget_1E = torch.tensor([BUDGETS])
     found_NE = bits.of_column_budgets(x_NE[None], budget_1E, allowed_NE).mask()
     ranked_NE = x_NE.nan_to_num(torch.inf)
     if allowed_NE is not None:
