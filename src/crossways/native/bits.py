@@ -267,7 +267,7 @@ def of_sinkhorn(
 
 
 def of_balanced(gain: Tensor, groups: int) -> Bits | None:
-    """What `routing.balanced` gives for float32 gains and groups of as many tokens each; None if one is not finite."""
+    """What `routing.balanced` gives for float32 gains and groups of equal size; None if one is not finite."""
     gain, tokens, experts = _flat(gain)
     bits = _none(tokens, experts)
     starts = (c_int64 * (groups + 1))(*(g * (tokens // max(groups, 1)) for g in range(groups + 1)))
