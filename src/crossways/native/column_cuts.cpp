@@ -1,6 +1,7 @@
 // The greatest entries of each expert in each group of tokens: expert choice, capacity by score, and their cutoffs.
 //
-// By halving, as for shared budgets; sixteen experts at a time, one a lane, each with bounds of its own.
+// By halving, as for shared budgets; sixteen experts at a time, one a lane, each with bounds of its own. Of many tokens
+// a sample says first what these bounds are, and only keys between them are kept.
 //
 // Legend: T tokens, E experts, G groups of N tokens.
 #include "cuts.h"
