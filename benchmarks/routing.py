@@ -46,6 +46,7 @@ def rules(k: int, experts: int) -> dict[str, Selection]:
     """Every rule that can spend about k experts a token, by a short name."""
     found: dict[str, Selection] = {
         "top-k": TopK(k=k),
+        "top-k, k = 1": TopK(k=1),  # the least that a rule with one expert a token can take
         "sampled top-k": SampledTopK(k=k),
         "top-c": TopC(k=k),
         "top-c, batch": TopC(k=k, group="batch"),

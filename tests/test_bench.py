@@ -327,7 +327,7 @@ def test_a_rule_is_timed_once_for_all_dtypes(bench):
 def test_fast_and_plain_paths_of_every_rule_are_compared(bench, monkeypatch):
     case = bench.problems.case_of("16/8/16/2", 512)
     rules = bench.routing.rules(2, 16)
-    assert len(rules) == 16
+    assert len(rules) == 17
     for name, rule in rules.items():
         if name != "base":
             assert bench.routing.wrong(rule, *bench.routing.scores_for(rule, case, "cpu")) == ""

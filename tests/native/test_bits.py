@@ -33,8 +33,12 @@ OTHERS = [
     Capacity(k=1, factor=0.6, order="token", group="batch"),
     Capacity(k=1, factor=0.6, order="score"),
     Capacity(k=1, factor=0.6, order="weight", normalize=True),
+    Capacity(k=1, factor=0.6, zero_computation=1, tau=0.5),
+    Capacity(k=1, factor=None, order="score"),
     Sinkhorn(k=1),
     Sinkhorn(k=1, group="batch"),
+    Base(),
+    Base(group="batch"),
 ]
 
 
@@ -123,13 +127,109 @@ def test_a_share_is_summed_over_scores_that_another_order_ranks(monkeypatch):
     assert_same(*native_and_plain(monkeypatch, run))
 
 
-def test_who_asks_with_a_nan_is_served_by_score_too(monkeypatch):
+@pytest.mark.parametrize("order", ["score", "position", "token"])
+@pytest.mark.parametrize("group", ["sequence", "batch"])
+def test_who_asks_with_a_nan_is_served_beyond_the_capacity(monkeypatch, order, group):
+    scores_BSE = torch.rand(2, 30, 4)
+    scores_BSE[:, ::3, 2] = torch.nan
+    scores_BSE[0, 1, 3] = torch.inf  # the greatest number, and no more
+    rule = Capacity(k=2, factor=0.1, order=order, group=group)
+    native, plain = native_and_plain(monkeypatch, lambda: made(rule, scores_BSE, None))
+    assert native[3].isnan().sum() == 20
+    assert_same(native, plain)
+
+
+def test_a_nan_that_is_not_allowed_is_not_served(monkeypatch):
     scores_BSE = torch.rand(1, 30, 4)
     scores_BSE[0, ::3, 2] = torch.nan
-    rule = Capacity(k=1, factor=0.2, order="score")
-    native, plain = native_and_plain(monkeypatch, lambda: made(rule, scores_BSE, None))
-    assert native[3].isnan().sum() == 10
-    assert_same(native, plain)
+    for order in ("score", "position"):
+        rule = Capacity(k=1, factor=0.2, order=order)
+        with monkeypatch.context() as patch:
+            assert_same(
+                *native_and_plain(
+                    patch, lambda rule=rule: made(rule, scores_BSE, ~scores_BSE.isnan() & (scores_BSE > 0.2))
+                )
+            )
+
+
+@pytest.mark.parametrize("group", ["sequence", "batch"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_sinkhorn_takes_what_it_balanced(monkeypatch, group, k):
+    """Logits that are no numbers, too, and equals, of which the earlier expert is taken."""
+    monkeypatch.setattr(routing, "_SMALL", 0)
+    torch.manual_seed(k)
+    logits_BSE, allowed_BSE = torch.randn(3, 700, 20), torch.rand(3, 700, 20) < 0.8
+    logits_BSE[0, ::50, 3] = torch.nan
+    logits_BSE[1, ::40, 4:7] = torch.inf
+    logits_BSE[2, ::30] = 0.5
+    for allowed in (None, allowed_BSE):
+        rule = Sinkhorn(k=k, group=group)
+        masked_BSE = logits_BSE if allowed is None else logits_BSE.masked_fill(~allowed, -torch.inf)
+        shape = (3, 700, 20) if group == "sequence" else (1, 2100, 20)
+        valid_GN = None if allowed is None else allowed.any(-1).view(shape[:2])
+        balanced_BSE = rule.balance(masked_BSE.view(shape), valid_GN).view_as(logits_BSE)
+        expected, found = TopK(k)(balanced_BSE, logits_BSE, allowed), rule(logits_BSE, logits_BSE, allowed)
+        assert torch.equal(found.to_mask(), expected.to_mask())
+
+
+@pytest.mark.parametrize("rule", [Sinkhorn(k=2), Base(), Capacity(k=2, factor=0.5)], ids=str)
+def test_groups_side_by_side_do_not_meet(rule):
+    torch.manual_seed(0)
+    before, row_SE = torch.get_num_threads(), torch.randn(1500, 20)
+    torch.set_num_threads(2)
+    try:
+        mask_TE = rule(row_SE.repeat(8, 1, 1), row_SE.repeat(8, 1, 1)).to_mask()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(mask_TE.view(8, 1500, 20), mask_TE[:1500].expand(8, -1, -1))
+
+
+BUDGETS = [0, 1, 3, 90, 700, 900, 1000, 1125, 4500, 8000, 8999, 9000, 9500, 2, 30, 2250, 10, 5, 7, 1100]
+
+
+def columns_of(kind):
+    """Columns (N, E) of many tokens, of which a sample says more or less."""
+    x_NE = torch.randn(9000, 20)
+    if kind == "ties":
+        return x_NE.round()
+    if kind == "alike":
+        return torch.zeros_like(x_NE)
+    if kind == "broken":
+        return x_NE.masked_fill(torch.rand_like(x_NE) < 0.3, torch.nan)
+    if kind == "misleading":  # every eighth token, which is what is sampled, is another
+        x_NE[::8] += torch.tensor([9.0, -9.0]).repeat(10)
+    if kind == "in order":
+        return x_NE.sort(0).values
+    if kind == "apart":  # what is sampled are zeros, and as many as the budget says, of the others, are greater
+        place_N1 = torch.arange(9000)[:, None] - torch.arange(9000)[:, None] // 8 - 1
+        x_NE = torch.where(place_N1 < torch.tensor(BUDGETS), x_NE.abs() + 1, -5)
+        x_NE[::8] = 0
+    return x_NE
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "alike", "broken", "misleading", "in order", "apart"])
+@pytest.mark.parametrize("open_share", [1.0, 0.1, 0.0])
+def test_columns_of_many_tokens(kind, open_share):
+    torch.manual_seed(0)
+    x_NE = columns_of(kind)
+    allowed_NE = None if open_share == 1 else torch.rand_like(x_NE) < open_share
+    budget_1E = torch.tensor([BUDGETS])
+    found_NE = bits.of_column_budgets(x_NE[None], budget_1E, allowed_NE).mask()
+    ranked_NE = x_NE.nan_to_num(torch.inf)
+    if allowed_NE is not None:
+        ranked_NE = ranked_NE.masked_fill(~allowed_NE, -torch.inf)
+    order_NE = ranked_NE.sort(dim=0, descending=True, stable=True).indices
+    expected_NE = torch.zeros_like(found_NE).scatter_(0, order_NE, torch.arange(9000)[:, None] < budget_1E)
+    assert torch.equal(found_NE, expected_NE if allowed_NE is None else expected_NE & allowed_NE)
+    with_nan_NE = x_NE.isnan() if allowed_NE is None else x_NE.isnan() & allowed_NE
+    assert torch.equal(
+        bits.of_column_budgets(x_NE[None], budget_1E, allowed_NE, broken=True).mask(), found_NE | with_nan_NE
+    )
+    if allowed_NE is None:
+        least_E = bits.least_of_columns(x_NE[None], budget_1E)[0]
+        sorted_NE = x_NE.gather(0, order_NE)
+        expected_E = sorted_NE.gather(0, (budget_1E - 1).clamp(0, 8999))[0].masked_fill(budget_1E[0] == 0, torch.nan)
+        assert torch.equal(least_E.nan_to_num(-99), expected_E.nan_to_num(-99))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -145,7 +245,7 @@ def test_sinkhorn_is_the_same_bit_for_bit(monkeypatch, shape, dtype):
     assert native.isinf().any() or shape[1] == 1
 
 
-@pytest.mark.parametrize("rule", [*TIED, *OTHERS, Base(), Base(group="batch")], ids=str)
+@pytest.mark.parametrize("rule", TIED + OTHERS, ids=str)
 def test_any_number_of_threads(monkeypatch, rule):
     monkeypatch.setattr(routing, "_SMALL", 0)
     scores_BSE, before, found = scores_like((2, 700, 20), "ties"), torch.get_num_threads(), []

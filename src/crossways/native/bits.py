@@ -147,6 +147,19 @@ def of_first_come(
     return bits
 
 
+def of_first_best(
+    choice: Tensor, k: int, groups: int, capacity: int | Tensor, by_token: bool, allowed: Bits | Tensor | None = None
+) -> Bits:
+    """The same where every token asks its k greatest allowed experts; `capacity` is one, or int64 (G, E)."""
+    (choice, tokens, experts), (capacity_at, steps) = _flat(choice), _budget(capacity, 2)
+    allowed, bits = _allowed(allowed), _none(tokens, experts)
+    sizes = map(c_int64, (groups, tokens // max(groups, 1), experts, k, by_token))
+    library().crossways_bits_of_first_best(
+        _at(choice), _words(allowed), capacity_at, *steps, *sizes, _words(bits), _threads()
+    )
+    return bits
+
+
 @dataclass(frozen=True)
 class Groups:
     """How tokens are grouped: those of group g are g * across, and from there on every along-th, n of them."""
@@ -196,11 +209,13 @@ def _budget(budget: int | Tensor, dims: int) -> tuple[ctypes.c_void_p | ctypes._
     return _at(budget), [c_int64(step) for step in budget.stride()]
 
 
-def of_column_budgets(choice_GNE: Tensor, budget: int | Tensor, allowed: Bits | Tensor | None = None) -> Bits:
+def of_column_budgets(
+    choice_GNE: Tensor, budget: int | Tensor, allowed: Bits | Tensor | None = None, broken: bool = False
+) -> Bits:
     """Of the greatest allowed entries of each group's columns, as many as their budget (one, or int64 (G, E)) says;
-    earlier ones of equals first, NaN greatest."""
+    earlier ones of equals first, NaN greatest. With `broken` every allowed NaN, even beyond the budget."""
     bits = _none(choice_GNE.shape[0] * choice_GNE.shape[1], choice_GNE.shape[2])
-    _column_cuts(choice_GNE, budget, _allowed(allowed), bits, None)
+    _column_cuts(choice_GNE, budget, _allowed(allowed), bits, None, broken)
     return bits
 
 
@@ -212,13 +227,18 @@ def least_of_columns(choice_GNE: Tensor, budget: int | Tensor) -> Tensor:
 
 
 def _column_cuts(
-    choice_GNE: Tensor, budget: int | Tensor, allowed: Bits | None, bits: Bits | None, least_GE: Tensor | None
+    choice_GNE: Tensor,
+    budget: int | Tensor,
+    allowed: Bits | None,
+    bits: Bits | None,
+    least_GE: Tensor | None,
+    broken: bool = False,
 ) -> None:
     choice_GNE, (budget_at, steps) = _ready(choice_GNE, torch.float32), _budget(budget, 2)
+    sizes = map(c_int64, (*choice_GNE.shape, broken))
     library().crossways_column_cuts(
-        _at(choice_GNE), _words(allowed), budget_at, *steps, *map(c_int64, choice_GNE.shape), _words(bits),
-        _at(least_GE), _threads(),
-    )  # fmt: skip
+        _at(choice_GNE), _words(allowed), budget_at, *steps, *sizes, _words(bits), _at(least_GE), _threads()
+    )
 
 
 def sinkhorn(logits_GNE: Tensor, valid_GN: Tensor | None, most: int, tolerance: float) -> Tensor:
@@ -230,6 +250,30 @@ def sinkhorn(logits_GNE: Tensor, valid_GN: Tensor | None, most: int, tolerance: 
         _at(logits_GNE), _at(valid_GN), *sizes, c_double(tolerance), _at(balanced_GNE), _threads()
     )
     return balanced_GNE
+
+
+def of_sinkhorn(
+    logits_GNE: Tensor, k: int, most: int, tolerance: float, valid_GN: Tensor | None, allowed: Bits | Tensor | None
+) -> Bits:
+    """Of each token's k greatest allowed entries of that matrix, which is not written down."""
+    logits_GNE, valid_GN = _ready(logits_GNE, torch.float32), _maybe(valid_GN)
+    (groups, tokens, experts), allowed = logits_GNE.shape, _allowed(allowed)
+    bits = _none(groups * tokens, experts)
+    library().crossways_bits_of_sinkhorn(
+        _at(logits_GNE), _at(valid_GN), _words(allowed), *map(c_int64, (groups, tokens, experts, most)),
+        c_double(tolerance), c_int64(k), _words(bits), _threads(),
+    )  # fmt: skip
+    return bits
+
+
+def of_balanced(gain: Tensor, groups: int) -> Bits | None:
+    """What `routing.balanced` gives for float32 gains and groups of equal size; None if one is not finite."""
+    gain, tokens, experts = _flat(gain)
+    bits = _none(tokens, experts)
+    starts = (c_int64 * (groups + 1))(*(g * (tokens // max(groups, 1)) for g in range(groups + 1)))
+    sizes = c_int64(groups), c_int64(experts)
+    solved = library().crossways_bits_of_balanced(_at(gain), starts, *sizes, _words(bits), _threads())
+    return bits if solved else None
 
 
 def pairs(bits: Bits, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

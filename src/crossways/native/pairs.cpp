@@ -38,7 +38,8 @@ void count_word(const Allowed& bits, int64_t word, int64_t begin, int64_t end, i
   }
 }
 
-// Tokens of the pairs of a part, and their weights where there is a matrix of these.
+// Tokens of the pairs of a part, and their weights where there is a matrix of these. Every expert's pairs are written
+// in a place of their own, more places than the processor foresees by itself: after experts nothing of them is cached.
 template <bool weigh>
 void write_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* to, const float* matrix, int64_t* token,
                 float* weight) {
@@ -46,6 +47,8 @@ void write_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* to, co
     for (int64_t w = 0; w < bits.width; w++)
       for (uint64_t left = bits.of(t)[w]; left; left &= left - 1) {
         const int64_t e = 64 * w + __builtin_ctzll(left), at = to[e]++;
+        __builtin_prefetch(token + at + 16, 1);
+        if (weigh) __builtin_prefetch(weight + at + 32, 1);
         token[at] = t;
         if (weigh) weight[at] = matrix[t * bits.experts + e];
       }

@@ -1,17 +1,15 @@
-// Sinkhorn's iteration: scales of rows and columns at which every token supplies and every expert demands the same.
+// Sinkhorn's iteration: scales of rows and columns at which every token supplies and every expert demands the same; and
+// each token's greatest entries at these scales.
 //
 // The exponentials are those of double, rounded to float, and all sums are in double, so that the column scales, rounded
 // to float at the end, are those of the plain path whatever the order of summation.
 //
 // Legend: T tokens, E experts, G groups of N tokens, C chunks of a group's tokens.
-#include <immintrin.h>
-#include <omp.h>
-
-#include <algorithm>
+#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <limits>
-#include <vector>
+#include <memory>
+
+#include "sixteen.h"
 
 namespace {
 
@@ -48,35 +46,59 @@ inline __m512 finite(const float* x, __mmask16 real) {
   return _mm512_max_ps(_mm512_mask_mov_ps(row, odd, low), low);
 }
 
-inline __mmask16 lanes_of_16(int64_t left) { return left >= 16 ? 0xffff : __mmask16((1u << left) - 1); }
-
-// Powers of one token's logits less the greatest of them, so that they cannot overflow; rows are scaled anyway.
-void exponentials(const float* x, int64_t experts, float* mass) {
+// Powers of one token's logits less the greatest of them, so that they cannot overflow; rows are scaled anyway. Returns
+// whether some logit is no number or positive infinity.
+bool exponentials(const float* x, int64_t experts, float* mass) {
   __m512 most = _mm512_set1_ps(lowest());
-  for (int64_t e = 0; e < experts; e += 16) most = _mm512_max_ps(most, finite(x + e, lanes_of_16(experts - e)));
+  __mmask16 odd = 0;
+  for (int64_t e = 0; e < experts; e += 16) {
+    const __mmask16 real = lanes(experts - e);
+    __builtin_prefetch(x + 8 * experts + e);
+    most = _mm512_max_ps(most, finite(x + e, real));
+    odd |= _mm512_mask_fpclass_ps_mask(real, _mm512_maskz_loadu_ps(real, x + e), ODD);
+  }
   const __m512d log2e = _mm512_set1_pd(M_LOG2E), top = _mm512_set1_pd(M_LOG2E * double(_mm512_reduce_max_ps(most)));
   for (int64_t e = 0; e < experts; e += 16) {
-    const __mmask16 real = lanes_of_16(experts - e);
+    const __mmask16 real = lanes(experts - e);
     const __m512 row = finite(x + e, real);
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(row)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(row, 1));
     const __m256 first = _mm512_cvtpd_ps(power_of_2(_mm512_fmsub_pd(low, log2e, top)));
     const __m256 last = _mm512_cvtpd_ps(power_of_2(_mm512_fmsub_pd(high, log2e, top)));
     _mm512_mask_storeu_ps(mass + e, real, _mm512_insertf32x8(_mm512_castps256_ps512(first), last, 1));
   }
+  return odd;
 }
 
-void scale_row(const float* x, const float* scale, int64_t experts, float* mass) {
-  const __m512 infinity = _mm512_set1_ps(std::numeric_limits<float>::infinity());
-  for (int64_t e = 0; e < experts; e += 16) {
-    const __mmask16 real = lanes_of_16(experts - e);
-    const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(real, mass + e), _mm512_maskz_loadu_ps(real, scale + e));
-    const __mmask16 odd = _mm512_fpclass_ps_mask(_mm512_maskz_loadu_ps(real, x + e), ODD);
-    _mm512_mask_storeu_ps(mass + e, real, _mm512_mask_mov_ps(scaled, odd, infinity));
-  }
+// Sixteen entries of a row, scaled: infinite where the logit is no number or positive infinity, of which there are none
+// where `x` is null.
+inline __m512 scaled(const float* x, const float* mass, const float* scale, int64_t e, __mmask16 real) {
+  const __m512 product =
+      _mm512_mul_ps(_mm512_maskz_loadu_ps(real, mass + e), _mm512_maskz_loadu_ps(real, scale + e));
+  if (!x) return product;
+  const __mmask16 odd = _mm512_fpclass_ps_mask(_mm512_maskz_loadu_ps(real, x + e), ODD);
+  return _mm512_mask_mov_ps(product, odd, _mm512_set1_ps(std::numeric_limits<float>::infinity()));
 }
+
+// A group's tokens before they are scaled.
+struct Rows {
+  const float* x;
+  const uint8_t* valid;  // (N), or null
+  int64_t n, experts;
+  float* mass;  // (N, E)
+  mutable std::atomic<bool> odd{false};
+
+  void fill(int64_t t) const {
+    float* to = mass + t * experts;
+    if (valid && !valid[t])
+      std::fill_n(to, experts, 0.0f);
+    else if (exponentials(x + t * experts, experts, to))
+      odd = true;
+  }
+};
 
 template <bool whole>
 struct Problem {
+  const Rows& from;
   const float* mass;  // (N, E)
   int64_t n, experts;
   double rows;  // how many tokens take part
@@ -100,22 +122,29 @@ struct Problem {
     }
   }
 
-  void add_chunk(int64_t chunk, const double* scale, double* sums) const {
+  // The `first` time, tokens are filled on the way.
+  void add_chunk(int64_t chunk, bool first, const double* scale, double* sums) const {
     int64_t t = chunk * CHUNK;
     const int64_t end = std::min(n, t + CHUNK);
-    for (; t + 4 <= end; t += 4) add<4>(t, scale, sums);
-    for (; t < end; t++) add<1>(t, scale, sums);
+    for (; t + 4 <= end; t += 4) {
+      for (int64_t i = t; first && i < t + 4; i++) from.fill(i);
+      add<4>(t, scale, sums);
+    }
+    for (; t < end; t++) {
+      if (first) from.fill(t);
+      add<1>(t, scale, sums);
+    }
   }
 
   // Every chunk's sums (C, wide).
-  void add_all(const double* scale, double* sums, int64_t wide, int64_t threads) const {
+  void add_all(bool first, const double* scale, double* sums, int64_t wide, int64_t threads) const {
     const int64_t chunks = (n + CHUNK - 1) / CHUNK;
     if (threads == 1) {
-      for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, scale, sums + chunk * wide);
+      for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, first, scale, sums + chunk * wide);
       return;
     }
 #pragma omp parallel for num_threads(threads)
-    for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, scale, sums + chunk * wide);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, first, scale, sums + chunk * wide);
   }
 };
 
@@ -126,7 +155,7 @@ std::vector<double> column_scales(const Problem<whole>& problem, int64_t most, d
   std::vector<double> scale(wide, 1.0), sums(chunks * wide);
   for (int64_t round = 0; round < most; round++) {
     std::fill(sums.begin(), sums.end(), 0);
-    problem.add_all(scale.data(), sums.data(), wide, threads);
+    problem.add_all(round == 0, scale.data(), sums.data(), wide, threads);
     double change = 0;
     for (int64_t e = 0; e < experts; e++) {
       double sum = 0;
@@ -142,39 +171,65 @@ std::vector<double> column_scales(const Problem<whole>& problem, int64_t most, d
 
 // One group, by so many threads.
 struct Group {
-  const float* x;
-  const uint8_t* valid;  // (N), or null
-  int64_t n, experts;
-  float* mass;
+  Rows rows;
   int64_t threads;
 
-  // Calls `each(t)` for every token.
-  template <class Each>
-  void for_tokens(Each each) const {
-    if (threads == 1) {
-      for (int64_t t = 0; t < n; t++) each(t);
-      return;
-    }
-#pragma omp parallel for num_threads(threads)
-    for (int64_t t = 0; t < n; t++) each(t);
+  // The columns' scales, rounded, from exponentials that are then where the scaled entries may go.
+  std::vector<float> balance(int64_t most, double tolerance) const {
+    const int64_t n = rows.n, experts = rows.experts;
+    const int64_t counted = rows.valid ? n - std::count(rows.valid, rows.valid + n, 0) : n;
+    const double many = double(std::max<int64_t>(counted, 1));
+    const std::vector<double> scale =
+        experts % 8 ? column_scales(Problem<false>{rows, rows.mass, n, experts, many}, most, tolerance, threads)
+                    : column_scales(Problem<true>{rows, rows.mass, n, experts, many}, most, tolerance, threads);
+    return {scale.begin(), scale.end()};
   }
 
-  void balance(int64_t most, double tolerance) const {
-    for_tokens([&](int64_t t) {
-      if (!valid || valid[t])
-        exponentials(x + t * experts, experts, mass + t * experts);
-      else
-        std::fill_n(mass + t * experts, experts, 0.0f);
-    });
-    const int64_t rows = valid ? n - std::count(valid, valid + n, 0) : n;
-    const double counted = double(std::max<int64_t>(rows, 1));
-    const std::vector<double> scale =
-        experts % 8 ? column_scales(Problem<false>{mass, n, experts, counted}, most, tolerance, threads)
-                    : column_scales(Problem<true>{mass, n, experts, counted}, most, tolerance, threads);
-    const std::vector<float> rounded(scale.begin(), scale.end());
-    for_tokens([&](int64_t t) { scale_row(x + t * experts, rounded.data(), experts, mass + t * experts); });
+  // Of one of its tokens; see `scaled`.
+  const float* logits(int64_t t) const { return rows.odd ? rows.x + t * rows.experts : nullptr; }
+
+  void scale(const std::vector<float>& by) const {
+    const int64_t experts = rows.experts;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < rows.n; t++) {
+      float* mass = rows.mass + t * experts;
+      for (int64_t e = 0; e < experts; e += 16) {
+        const __mmask16 real = lanes(experts - e);
+        _mm512_mask_storeu_ps(mass + e, real, scaled(logits(t), mass, by.data(), e, real));
+      }
+    }
+  }
+
+  // Bits of each token's k greatest; its first token is token `begin` of all.
+  void choose(const std::vector<float>& by, const Allowed& may, const Bits& bits, int64_t begin, int64_t k) const {
+#pragma omp parallel num_threads(threads)
+    {
+      Sixteen found(rows.experts, k);
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < rows.n; first += 16) {
+        const int64_t count = std::min<int64_t>(16, rows.n - first);
+        found.load(may, begin + first, count, [&](int64_t i, int64_t piece, __mmask16 real) {
+          // No scaled entry is negative, so that its bits are its key.
+          const float* mass = rows.mass + (first + i) * rows.experts;
+          return _mm512_castps_si512(scaled(logits(first + i), mass, by.data(), 16 * piece, real));
+        });
+        found.rank(k);
+        put_open(bits, found, begin + first, count, k);
+      }
+    }
   }
 };
+
+// `each(g, threads)` for every group, one after the other by all threads, or side by side.
+template <class Each>
+void for_groups(int64_t groups, int64_t threads, Each each) {
+  if (groups < threads) {
+    for (int64_t g = 0; g < groups; g++) each(g, threads);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t g = 0; g < groups; g++) each(g, 1);
+}
 
 }  // namespace
 
@@ -184,15 +239,26 @@ extern "C" {
 // valid (G, N) says which tokens take part; null for all.
 void crossways_sinkhorn(const float* logits, const uint8_t* valid, int64_t groups, int64_t n, int64_t experts,
                         int64_t most, double tolerance, float* balanced, int64_t threads) {
-  auto group = [=](int64_t g, int64_t by) {
+  for_groups(groups, threads, [=](int64_t g, int64_t by) {
     const int64_t at = g * n * experts;
-    return Group{logits + at, valid ? valid + g * n : nullptr, n, experts, balanced + at, by};
-  };
-  if (groups < threads) {
-    for (int64_t g = 0; g < groups; g++) group(g, threads).balance(most, tolerance);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t g = 0; g < groups; g++) group(g, 1).balance(most, tolerance);
+    const Group group{{logits + at, valid ? valid + g * n : nullptr, n, experts, balanced + at}, by};
+    group.scale(group.balance(most, tolerance));
+  });
+}
+
+// Bits of each token's k greatest allowed entries of that, which is not written down.
+void crossways_bits_of_sinkhorn(const float* logits, const uint8_t* valid, const uint64_t* allowed, int64_t groups,
+                                int64_t n, int64_t experts, int64_t most, double tolerance, int64_t k, uint64_t* words,
+                                int64_t threads) {
+  const Allowed may(allowed, experts);
+  const Bits bits(words, experts);
+  // What a thread needs for one group, used for the next as well: it is still in its cache.
+  const int64_t size = n * experts, rooms = groups < threads ? 1 : threads;
+  const std::unique_ptr<float[]> room(new float[rooms * size]);
+  for_groups(groups, threads, [&](int64_t g, int64_t by) {
+    float* mass = room.get() + (rooms == 1 ? 0 : omp_get_thread_num()) * size;
+    const Group group{{logits + g * size, valid ? valid + g * n : nullptr, n, experts, mass}, by};
+    group.choose(group.balance(most, tolerance), may, bits, g * n, k);
+  });
 }
 }

@@ -2,6 +2,8 @@
 //
 // Legend: E experts, K experts per token.
 #pragma once
+#include <omp.h>
+
 #include <vector>
 
 #include "bits.h"
@@ -19,19 +21,27 @@ struct Sixteen {
   Sixteen(int64_t experts_, int64_t k)
       : experts(experts_), keys((experts_ + 15) / 16 * 16), best(k + 16), index(k + 16), taken(k) {}
 
-  // Tokens from `first` on; there are `count` of them, 16 at most.
-  void load(const float* x, const Allowed& may, int64_t first, int64_t count) {
+  // Tokens from `first` on; there are `count` of them, 16 at most. `key_of(i, piece, real)` gives keys of the i-th.
+  template <class KeyOf>
+  void load(const Allowed& may, int64_t first, int64_t count, KeyOf key_of) {
     for (int64_t piece = 0; 16 * piece < experts; piece++) {
       const __mmask16 real = may.real(piece);
       __m512i* row = &keys[16 * piece];
       for (int64_t i = 0; i < 16; i++) {
         row[i] = _mm512_set1_epi32(CLOSED);
         if (i >= count) continue;
-        const __m512i key = keys_of(_mm512_maskz_loadu_ps(real, x + (first + i) * experts + 16 * piece));
-        row[i] = _mm512_mask_mov_epi32(row[i], may.open(first + i, piece), key);
+        row[i] = _mm512_mask_mov_epi32(row[i], may.open(first + i, piece), key_of(i, piece, real));
       }
       crossways::transpose(row);
     }
+  }
+
+  void load(const float* x, const Allowed& may, int64_t first, int64_t count) {
+    load(may, first, count, [&](int64_t i, int64_t piece, __mmask16 real) {
+      const float* here = x + (first + i) * experts + 16 * piece;
+      __builtin_prefetch(here + 16 * experts);  // the next sixteen tokens, while these are ranked
+      return keys_of(_mm512_maskz_loadu_ps(real, here));
+    });
   }
 
   // The k greatest, of equals the earlier ones first.
@@ -100,5 +110,25 @@ inline void put_taken(const Bits& bits, int64_t first, int64_t count, const Sixt
     _mm512_store_si512(words, half[0]);
     _mm512_store_si512(words + 8, half[1]);
     for (int64_t i = 0; i < count; i++) bits.of(first + i)[w] = words[i];
+  }
+}
+
+inline void put_open(const Bits& bits, Sixteen& found, int64_t first, int64_t count, int64_t k) {
+  for (int64_t j = 0; j < k; j++) found.taken[j] = found.open(j);
+  put_taken(bits, first, count, found, k);
+}
+
+// `each(tokens, first, count)` for every sixteen tokens, with their keys at hand. Every thread has a copy of `each`.
+template <class Each>
+void for_sixteens(const float* x, const Allowed& may, int64_t tokens, int64_t k, int64_t threads, Each each) {
+#pragma omp parallel num_threads(threads) firstprivate(each)
+  {
+    Sixteen sixteen(may.experts, k);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < (tokens + 15) / 16; block++) {
+      const int64_t count = std::min<int64_t>(16, tokens - 16 * block);
+      sixteen.load(x, may, 16 * block, count);
+      each(sixteen, 16 * block, count);
+    }
   }
 }

@@ -7,21 +7,6 @@
 
 namespace {
 
-// `each(tokens, first, count)` for every sixteen tokens, with their keys at hand. Every thread has a copy of `each`.
-template <class Each>
-void for_sixteens(const float* x, const Allowed& may, int64_t tokens, int64_t k, int64_t threads, Each each) {
-#pragma omp parallel num_threads(threads) firstprivate(each)
-  {
-    Sixteen sixteen(may.experts, k);
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < (tokens + 15) / 16; block++) {
-      const int64_t count = std::min<int64_t>(16, tokens - 16 * block);
-      sixteen.load(x, may, 16 * block, count);
-      each(sixteen, 16 * block, count);
-    }
-  }
-}
-
 // A group's score: the sum of its `best` greatest entries. What is not allowed adds nothing, and a group without
 // anything allowed comes last.
 __m512i group_score(Sixteen& scratch, const __m512i* keys, int64_t size, int64_t best) {
@@ -48,11 +33,6 @@ void limit(Sixteen& tokens, Sixteen& scratch, std::vector<__m512i>& scores, int6
     for (int64_t e = g * size; e < (g + 1) * size; e++)
       tokens.keys[e] = _mm512_mask_mov_epi32(_mm512_set1_epi32(CLOSED), within, tokens.keys[e]);
   }
-}
-
-void put_open(const Bits& bits, Sixteen& found, int64_t first, int64_t count, int64_t k) {
-  for (int64_t j = 0; j < k; j++) found.taken[j] = found.open(j);
-  put_taken(bits, first, count, found, k);
 }
 
 }  // namespace

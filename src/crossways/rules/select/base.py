@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -146,8 +147,15 @@ def budgets(tokens_G: Count, k: float, experts: int = 1) -> Count:
     Returns:
         int64 (G,), or an int.
     """
+    above, below = _rate(k, experts)
+    return (2 * above * tokens_G + below) // (2 * below)
+
+
+@cache
+def _rate(k: float, experts: int) -> tuple[int, int]:
+    """k / experts as a fraction; kept, as fractions are slow and every decision asks for one."""
     rate = Fraction(k).limit_denominator(10**6) / experts
-    return (2 * rate.numerator * tokens_G + rate.denominator) // (2 * rate.denominator)
+    return rate.numerator, rate.denominator
 
 
 def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor, most: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import routing
+from crossways.native import bits, routing
 from crossways.rules.select.base import Selection, check_budget, valid_tokens
 from crossways.rules.select.top_k import TopK
 
@@ -65,6 +65,10 @@ class Base(Selection):
     @torch.compiler.disable(reason="the selection base solves its assignment problem on the CPU")
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         groups = choice_BSE.shape[0] if self.group == "sequence" else 1
+        if allowed_BSE is None and routing.fits(choice_BSE):
+            chosen = bits.of_balanced(choice_BSE, groups)
+            if chosen is not None:
+                return Assignment.from_bits(chosen, scores_BSE)
         if allowed_BSE is None:
             tokens = choice_BSE.shape[0] * choice_BSE.shape[1]
             starts_G1 = torch.arange(groups + 1) * (tokens // max(groups, 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -132,6 +133,8 @@ class Capacity(Selection):
         return _Sampled(**vars(self))
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
+        if self._asks_its_best() and routing.fits(choice_BSE, allowed_BSE):
+            return Assignment.from_bits(self._best_bits(choice_BSE, allowed_BSE), scores_BSE)
         batch, _, num_experts = choice_BSE.shape
         choice_TE = choice_BSE.flatten(0, 1)
         index_TK, asked_TK, weight_TE = self._asked(choice_TE, scores_BSE.flatten(0, 1), allowed_BSE)
@@ -148,6 +151,31 @@ class Capacity(Selection):
         served_TK = self._served(index_TK, asked_TK, ranked_TE, capacity_GE)
         served_TK = served_TK | (asked_TK & choice_TE.gather(-1, index_TK).isnan())  # must show: is not dropped
         return Assignment.from_choices(index_TK, weight_TE, served_TK)
+
+    def _asks_its_best(self) -> bool:
+        """Whether who is served follows from the choice alone: every token asks for its k best, at its raw scores."""
+        return not self.normalize and self.order != "weight"
+
+    def _best_bits(self, choice_BSE: Tensor, allowed_BSE: Tensor | None) -> bits.Bits:
+        """Who is then served, in C++, without as much as writing down who is asked."""
+        if self.factor is None:
+            return bits.of_top_k(choice_BSE, self.k, allowed_BSE)
+        batch, tokens, num_experts = choice_BSE.shape
+        groups, tokens = (batch, tokens) if self.group == "sequence" else (1, batch * tokens)
+        capacity: int | Tensor
+        if allowed_BSE is None and not self.zero_computation:
+            capacity = _ceil(self._shares(num_experts)[0], tokens)
+        else:
+            tokens_G = torch.full((groups,), tokens)
+            if allowed_BSE is not None:
+                tokens_G = allowed_BSE.any(-1).reshape(groups, -1).sum(-1)
+            capacity = self.capacity(tokens_G, num_experts)
+        if self.order in ("position", "token"):
+            by_token = self.order == "token"
+            return bits.of_first_best(choice_BSE, self.k, groups, capacity, by_token, allowed_BSE)
+        asked = bits.of_top_k(choice_BSE, self.k, allowed_BSE)
+        choice_GNE = choice_BSE.reshape(groups, tokens, num_experts)
+        return bits.of_column_budgets(choice_GNE, capacity, asked, broken=True)
 
     def _bits(
         self,
@@ -177,10 +205,9 @@ class Capacity(Selection):
 
     def _shares(self, num_experts: int) -> list[Fraction]:
         """Places of each expert for one token."""
-        tau, feed_forward = Fraction(self.tau).limit_denominator(10**6), num_experts - self.zero_computation
-        rate = Fraction(self.factor or 0).limit_denominator(10**6) * self.k
-        rate /= tau * feed_forward + self.zero_computation
-        return [rate * tau] * feed_forward + [rate] * self.zero_computation
+        feed_forward = num_experts - self.zero_computation
+        share, other = _rates(self.k, self.factor or 0, self.tau, feed_forward, self.zero_computation)
+        return [share] * feed_forward + [other] * self.zero_computation
 
     def _asked(
         self, choice_TE: Tensor, scores_TE: Tensor, allowed_BSE: Tensor | None
@@ -230,6 +257,14 @@ def _mark(index_TK: Tensor, marked_TK: Tensor, num_experts: int) -> Tensor:
     return mask_TE.scatter(-1, index_TK, marked_TK)
 
 
+@cache
+def _rates(k: int, factor: float, tau: float, feed_forward: int, others: int) -> tuple[Fraction, Fraction]:
+    """Places of an expert of either kind for one token. Kept: fractions are slow, and asked for in every decision."""
+    exact = Fraction(tau).limit_denominator(10**6)
+    rate = Fraction(factor).limit_denominator(10**6) * k / (exact * feed_forward + others)
+    return rate * exact, rate
+
+
 def _ceil(share: Fraction, tokens: Count) -> Count:
     """share * tokens, rounded up."""
     return -(-share.numerator * tokens // share.denominator)
@@ -237,6 +272,9 @@ def _ceil(share: Fraction, tokens: Count) -> Count:
 
 class _Sampled(Capacity):
     """The rule with `second = random` in training: weak further choices are often not asked for."""
+
+    def _asks_its_best(self) -> bool:
+        return False
 
     def _sample(self, index_TK: Tensor, asked_TK: Tensor | None, weight_TE: Tensor) -> Tensor:
         asked_TK = torch.ones_like(index_TK, dtype=torch.bool) if asked_TK is None else asked_TK

@@ -71,6 +71,11 @@ class Sinkhorn(Selection):
             choice_BSE = choice_BSE.masked_fill(~allowed_BSE, -torch.inf)
         valid_GN = None if allowed_BSE is None else allowed_BSE.any(-1).reshape(groups, -1)
         choice_GNE = choice_BSE if self.group == "sequence" else choice_BSE.reshape(1, -1, choice_BSE.shape[-1])
+        if routing.fits(choice_GNE, allowed_BSE):
+            limits = self.max_iterations, self.tolerance
+            return Assignment.from_bits(
+                bits.of_sinkhorn(choice_GNE, self.k, *limits, valid_GN, allowed_BSE), scores_BSE
+            )
         balanced_GNE = self.balance(choice_GNE.detach(), valid_GN)
         return TopK(self.k)(balanced_GNE.view_as(choice_BSE), scores_BSE, allowed_BSE)
 
