@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from crossways.assignment import Assignment
 from crossways.experts import Activation, compute_experts, why_not
-from crossways.experts import fused as module
+from crossways.experts import fused_passes as module
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
