@@ -206,7 +206,8 @@ class Capacity(Selection):
     def _shares(self, num_experts: int) -> list[Fraction]:
         """Places of each expert for one token."""
         feed_forward = num_experts - self.zero_computation
-        share, other = _rates(self.k, self.factor or 0, self.tau, feed_forward, self.zero_computation)
+        rates = _rates.__wrapped__ if torch.compiler.is_compiling() else _rates  # the compiler warns of caches
+        share, other = rates(self.k, self.factor or 0, self.tau, feed_forward, self.zero_computation)
         return [share] * feed_forward + [other] * self.zero_computation
 
     def _asked(
