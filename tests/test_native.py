@@ -12,7 +12,7 @@ import torch
 
 from crossways.assignment import Assignment
 from crossways.experts import why_not
-from crossways.native import bits, loading, routing, why_not_native
+from crossways.native import bits, budgeted, loading, routing, why_not_native
 from crossways.native.loading import NativeUnavailableError, build, library
 from crossways.rules.select import (
     Base,
@@ -226,7 +226,7 @@ def test_one_long_row_by_several_threads(monkeypatch, threads, budget, masked):
     torch.set_num_threads(threads)
     try:
         native, plain = both(monkeypatch, lambda: top_of_groups(x_GN, allowed_GN, torch.tensor([budget]), 40000))
-        least = bits.least_of_shared(x_GN.view(400, 100), bits.Groups(1, 400, 0, 1), budget)
+        least = budgeted.least_of_shared(x_GN.view(400, 100), budgeted.Groups(1, 400, 0, 1), budget)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(native, plain)

@@ -6,7 +6,7 @@ Legend: B batch, S sequence, E experts, T tokens.
 import pytest
 import torch
 
-from crossways.native import bits, routing, why_not_native
+from crossways.native import bits, budgeted, routing, why_not_native
 from crossways.rules.select import (
     Base,
     Capacity,
@@ -214,7 +214,7 @@ def test_columns_of_many_tokens(kind, open_share):
     x_NE = columns_of(kind)
     allowed_NE = None if open_share == 1 else torch.rand_like(x_NE) < open_share
     budget_1E = torch.tensor([BUDGETS])
-    found_NE = bits.of_column_budgets(x_NE[None], budget_1E, allowed_NE).mask()
+    found_NE = budgeted.of_column_budgets(x_NE[None], budget_1E, allowed_NE).mask()
     ranked_NE = x_NE.nan_to_num(torch.inf)
     if allowed_NE is not None:
         ranked_NE = ranked_NE.masked_fill(~allowed_NE, -torch.inf)
@@ -223,10 +223,10 @@ def test_columns_of_many_tokens(kind, open_share):
     assert torch.equal(found_NE, expected_NE if allowed_NE is None else expected_NE & allowed_NE)
     with_nan_NE = x_NE.isnan() if allowed_NE is None else x_NE.isnan() & allowed_NE
     assert torch.equal(
-        bits.of_column_budgets(x_NE[None], budget_1E, allowed_NE, broken=True).mask(), found_NE | with_nan_NE
+        budgeted.of_column_budgets(x_NE[None], budget_1E, allowed_NE, broken=True).mask(), found_NE | with_nan_NE
     )
     if allowed_NE is None:
-        least_E = bits.least_of_columns(x_NE[None], budget_1E)[0]
+        least_E = budgeted.least_of_columns(x_NE[None], budget_1E)[0]
         sorted_NE = x_NE.gather(0, order_NE)
         expected_E = sorted_NE.gather(0, (budget_1E - 1).clamp(0, 8999))[0].masked_fill(budget_1E[0] == 0, torch.nan)
         assert torch.equal(least_E.nan_to_num(-99), expected_E.nan_to_num(-99))

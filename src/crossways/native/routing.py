@@ -1,5 +1,5 @@
 """Routing on the CPU in C++: where it may be used, sorting, assigning, and the weights of pairs. What it chooses is
-in `bits.py`. Callers keep a plain PyTorch path beside it.
+in `bits.py` and `budgeted.py`. Callers keep a plain PyTorch path beside it.
 
 Legend: T tokens, P pairs, E experts, K experts per token, N tokens.
 """

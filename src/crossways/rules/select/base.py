@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import bits, routing
+from crossways.native import bits, budgeted, routing
 from crossways.rules.registry import build, catalogue
 
 
@@ -173,7 +173,9 @@ def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor
         counts as the greatest.
     """
     if routing.fits(choice_GN):
-        return bits.of_shared_budgets(choice_GN, bits.Groups(len(choice_GN), 1, 1, 1), budget_G, allowed_GN).mask()
+        return budgeted.of_shared_budgets(
+            choice_GN, budgeted.Groups(len(choice_GN), 1, 1, 1), budget_G, allowed_GN
+        ).mask()
     most = min(most, choice_GN.shape[1])
     if most == 0:
         return torch.zeros_like(choice_GN, dtype=torch.bool)
@@ -192,7 +194,7 @@ def top_of_groups(choice_GN: Tensor, allowed_GN: Tensor | None, budget_G: Tensor
 def top_of_columns(choice_GNE: Tensor, allowed_GNE: Tensor | None, budget_GE: Tensor, most: int) -> Tensor:
     """The same for the columns of each group: boolean (G, N, E), of budgets (G, E)."""
     if routing.fits(choice_GNE, allowed_GNE):
-        return bits.of_column_budgets(choice_GNE, budget_GE, allowed_GNE).mask().view(choice_GNE.shape)
+        return budgeted.of_column_budgets(choice_GNE, budget_GE, allowed_GNE).mask().view(choice_GNE.shape)
     groups, tokens, num_experts = choice_GNE.shape
     choice_GN = choice_GNE.transpose(1, 2).flatten(0, 1)
     allowed_GN = None if allowed_GNE is None else allowed_GNE.transpose(1, 2).flatten(0, 1)

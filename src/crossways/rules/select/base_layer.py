@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import bits, routing
+from crossways.native import budgeted, routing
 from crossways.rules.select.base import Selection, check_budget, valid_tokens
 from crossways.rules.select.top_k import TopK
 
@@ -66,7 +66,7 @@ class Base(Selection):
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         groups = choice_BSE.shape[0] if self.group == "sequence" else 1
         if allowed_BSE is None and routing.fits(choice_BSE):
-            chosen = bits.of_balanced(choice_BSE, groups)
+            chosen = budgeted.of_balanced(choice_BSE, groups)
             if chosen is not None:
                 return Assignment.from_bits(chosen, scores_BSE)
         if allowed_BSE is None:

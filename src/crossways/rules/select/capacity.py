@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import bits, routing
+from crossways.native import bits, budgeted, routing
 from crossways.rules.select.base import (
     Count,
     Selection,
@@ -172,10 +172,10 @@ class Capacity(Selection):
             capacity = self.capacity(tokens_G, num_experts)
         if self.order in ("position", "token"):
             by_token = self.order == "token"
-            return bits.of_first_best(choice_BSE, self.k, groups, capacity, by_token, allowed_BSE)
+            return budgeted.of_first_best(choice_BSE, self.k, groups, capacity, by_token, allowed_BSE)
         asked = bits.of_top_k(choice_BSE, self.k, allowed_BSE)
         choice_GNE = choice_BSE.reshape(groups, tokens, num_experts)
-        return bits.of_column_budgets(choice_GNE, capacity, asked, broken=True)
+        return budgeted.of_column_budgets(choice_GNE, capacity, asked, broken=True)
 
     def _bits(
         self,
@@ -187,11 +187,11 @@ class Capacity(Selection):
     ) -> bits.Bits:
         """The same in C++."""
         if self.order in ("position", "token"):
-            return bits.of_first_come(choice_TE, index_TK, asked_TK, capacity_GE, self.order == "token")
+            return budgeted.of_first_come(choice_TE, index_TK, asked_TK, capacity_GE, self.order == "token")
         groups, num_experts = capacity_GE.shape
         asked = bits.of_index(index_TK, num_experts, asked_TK)
         broken = bits.of_cutoff(choice_TE, math.inf, asked, above=True)
-        return bits.of_column_budgets(ranked_TE.view(groups, -1, num_experts), capacity_GE, asked) | broken
+        return budgeted.of_column_budgets(ranked_TE.view(groups, -1, num_experts), capacity_GE, asked) | broken
 
     def capacity(self, tokens_G: Tensor, num_experts: int) -> Tensor:
         """Places at each of E experts, int64 (G, E), in groups of so many tokens, int64 (G,). In integers."""

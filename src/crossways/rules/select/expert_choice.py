@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import bits, routing
+from crossways.native import bits, budgeted, routing
 from crossways.rules.select.base import Selection, budgets, check_budget, top_of_columns, valid_tokens
 from crossways.rules.select.threshold import Threshold, pooled_cutoff
 
@@ -71,7 +71,7 @@ class ExpertChoice(Selection):
         if allowed_BSE is not None:
             tokens_G = allowed_BSE.any(-1).reshape(groups, -1).sum(-1)
             budget = budgets(tokens_G, self.k, num_experts)[:, None].expand(-1, num_experts)
-        return bits.of_column_budgets(choice_GNE, budget, allowed_BSE)
+        return budgeted.of_column_budgets(choice_GNE, budget, allowed_BSE)
 
     def decode_twin(self) -> Threshold:
         return Threshold(k=self.k, per_expert=True)

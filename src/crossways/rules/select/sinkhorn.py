@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import bits, routing
+from crossways.native import budgeted, routing
 from crossways.rules.select.base import Selection, check_budget, check_number, check_whole
 from crossways.rules.select.top_k import TopK
 
@@ -74,7 +74,7 @@ class Sinkhorn(Selection):
         if routing.fits(choice_GNE, allowed_BSE):
             limits = self.max_iterations, self.tolerance
             return Assignment.from_bits(
-                bits.of_sinkhorn(choice_GNE, self.k, *limits, valid_GN, allowed_BSE), scores_BSE
+                budgeted.of_sinkhorn(choice_GNE, self.k, *limits, valid_GN, allowed_BSE), scores_BSE
             )
         balanced_GNE = self.balance(choice_GNE.detach(), valid_GN)
         return TopK(self.k)(balanced_GNE.view_as(choice_BSE), scores_BSE, allowed_BSE)
@@ -87,7 +87,7 @@ class Sinkhorn(Selection):
         sums are in float64, so that in float32 the order of summation changes nothing: the C++ parts find the same.
         """
         if routing.fits(logits_GNE, valid_GN):
-            return bits.sinkhorn(logits_GNE, valid_GN, self.max_iterations, self.tolerance)
+            return budgeted.sinkhorn(logits_GNE, valid_GN, self.max_iterations, self.tolerance)
         odd_GNE = logits_GNE.isnan() | (logits_GNE == torch.inf)
         lowest = torch.finfo(logits_GNE.dtype).min / 2
         logits64_GNE = logits_GNE.masked_fill(odd_GNE, lowest).clamp(min=lowest).double()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import bits, routing
+from crossways.native import bits, budgeted, routing
 from crossways.rules.select.base import Selection, check_budget, check_number, valid_tokens, whole
 
 
@@ -97,9 +97,9 @@ def pooled_cutoff(twin: Threshold, choice_BSE: Tensor, allowed_BSE: Tensor | Non
         rank = (num_valid.double() * twin.k / shares + 0.5).floor().clamp(min=1).long().clamp(max=most)
         if routing.fits(pools_TE):
             if twin.per_expert:
-                least_C = bits.least_of_columns(pools_TE[None], rank.expand(1, shares))[0]
+                least_C = budgeted.least_of_columns(pools_TE[None], rank.expand(1, shares))[0]
             else:
-                least_C = bits.least_of_shared(pools_TE, bits.Groups(1, len(pools_TE), 0, 1), rank[None])
+                least_C = budgeted.least_of_shared(pools_TE, budgeted.Groups(1, len(pools_TE), 0, 1), rank[None])
             return torch.where(num_valid > 0, least_C, torch.nan)
         best_CN = pools_CN.topk(most, dim=-1).values
         cutoff_C = best_CN.index_select(1, (rank - 1)[None])[:, 0].float()

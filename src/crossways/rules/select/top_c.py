@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossways.assignment import Assignment
 from crossways.errors import UserError
-from crossways.native import bits, routing
+from crossways.native import bits, budgeted, routing
 from crossways.rules.select.base import Selection, budgets, check_budget, top_of_groups, valid_tokens
 from crossways.rules.select.threshold import Threshold, pooled_cutoff
 
@@ -71,14 +71,14 @@ class TopC(Selection):
     def _bits(self, choice_BSE: Tensor, allowed_BSE: Tensor | None) -> bits.Bits:
         batch, sequence, _ = choice_BSE.shape
         groups = {
-            "sequence": bits.Groups(batch, sequence, sequence, 1),
-            "batch": bits.Groups(1, batch * sequence, 0, 1),
-            "position": bits.Groups(sequence, batch, 1, sequence),
+            "sequence": budgeted.Groups(batch, sequence, sequence, 1),
+            "batch": budgeted.Groups(1, batch * sequence, 0, 1),
+            "position": budgeted.Groups(sequence, batch, 1, sequence),
         }[self.group]
         budget: int | Tensor = budgets(groups.n, self.k)
         if allowed_BSE is not None:
             budget = budgets(self._grouped(allowed_BSE.any(-1, keepdim=True)).sum(-1), self.k)
-        return bits.of_shared_budgets(choice_BSE, groups, budget, allowed_BSE)
+        return budgeted.of_shared_budgets(choice_BSE, groups, budget, allowed_BSE)
 
     def _grouped(self, x_BSE: Tensor) -> Tensor:
         """(B, S, *) to (G, N), one group a row."""
