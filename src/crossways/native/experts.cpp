@@ -53,7 +53,7 @@ struct Parts {
 
 template <class T>
 void backward(const Problem& p) {
-  const Layer<T> l(p);
+  const Layer<T> l(p, BACKWARD_BYTES);
   large_pages(p.grad_up, p.experts * l.H * l.D * sizeof(T));
   large_pages(p.grad_down, p.experts * l.F * l.D * sizeof(T));
   Parts parts(l);

@@ -26,7 +26,9 @@ extern "C" struct Problem {
 
 namespace crossways {
 
-constexpr int64_t GROUP_BYTES = 1 << 20, GROUP_MIN = 64, GROUP_MAX = 512;
+constexpr int64_t GROUP_MIN = 64, GROUP_MAX = 512;
+// Of the inputs of a group. Backward, several groups add up gradients as large as the expert, in float32: better few.
+constexpr int64_t FORWARD_BYTES = 1 << 20, BACKWARD_BYTES = 1 << 22;
 constexpr int64_t SMALL_PAGE = 1 << 12, HUGE_PAGE = 1 << 21;
 
 // Ask for large pages: touching fresh memory then costs a tenth.
@@ -114,14 +116,16 @@ struct Layer {
   const Problem& p;
   const int64_t D = p.width, F = p.expert_width, H = p.gated ? 2 * F : F;
   const int64_t Dp = round_up(D, SIDE);
+  const int64_t group_bytes;
   std::vector<int64_t> kept_at;  // first column of each expert in `kept`
 
-  explicit Layer(const Problem& problem) : p(problem), kept_at(problem.experts + 1) {
+  explicit Layer(const Problem& problem, int64_t group_bytes = FORWARD_BYTES)
+      : p(problem), group_bytes(group_bytes), kept_at(problem.experts + 1) {
     for (int64_t e = 0; e < p.experts; e++) kept_at[e + 1] = kept_at[e] + round_up(load(e), SIDE);
   }
   int64_t load(int64_t e) const { return p.offsets[e + 1] - p.offsets[e]; }
   int64_t group() const {
-    return std::clamp<int64_t>(GROUP_BYTES / (Dp * sizeof(T)) / SIDE * SIDE, GROUP_MIN, GROUP_MAX);
+    return std::clamp<int64_t>(group_bytes / (Dp * sizeof(T)) / SIDE * SIDE, GROUP_MIN, GROUP_MAX);
   }
   const T* up(int64_t e) const { return static_cast<const T*>(p.up) + e * H * D; }
   const T* down(int64_t e) const { return static_cast<const T*>(p.down) + e * D * F; }

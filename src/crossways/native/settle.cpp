@@ -15,8 +15,10 @@ namespace crossways {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using Seconds = std::chrono::duration<double>;
 constexpr double FREE = 1.0, PART = 0.125;  // seconds; of the time that is spent in computing
 constexpr double MOVED = 2e-5;              // seconds: a page that takes longer was not large before
+constexpr double PAUSE = 0.25;              // seconds between looks at pages, as even a look waits for the kernel
 constexpr int PATIENCE = 4;                 // failures after which some memory is left alone
 #ifdef MADV_COLLAPSE
 constexpr int COLLAPSE = MADV_COLLAPSE;
@@ -44,9 +46,10 @@ class Settling {
     if (forbidden_) return;
     Region& region = regions_[begin];
     if (region.end != end) {
-      region = {end, begin, begin};
+      region = {end, begin, begin, 0, Clock::now()};
       large_pages(reinterpret_cast<void*>(begin), end - begin);  // a kernel without COLLAPSE moves it in its own time
     }
+    if (whole) region.next = begin;
     check(begin, region);
     while (region.next < end && region.failures < PATIENCE && (whole || spent_ < allowed_)) {
       const double seconds = collapse(region.next, region);
@@ -63,17 +66,20 @@ class Settling {
   struct Region {
     uintptr_t end, next, checked;  // pages before `next` were moved
     int failures = 0;
+    Clock::time_point looked = {};
   };
 
   // Seconds that it took. Where the kernel refuses, the page stays as it is.
   static double collapse(uintptr_t page, Region& region) {
     const auto begin = Clock::now();
     region.failures += madvise(reinterpret_cast<void*>(page), HUGE_PAGE, COLLAPSE) != 0;
-    return std::chrono::duration<double>(Clock::now() - begin).count();
+    return Seconds(Clock::now() - begin).count();
   }
-  // The memory may have been given back and be another's now: look at another page every time.
+  // The memory may have been given back and be another's now: look at another page now and then.
   void check(uintptr_t begin, Region& region) {
-    if (region.next == begin || region.failures >= PATIENCE) return;
+    const auto now = Clock::now();
+    if (region.next == begin || region.failures >= PATIENCE || now - region.looked < Seconds(PAUSE)) return;
+    region.looked = now;
     region.checked = region.checked + HUGE_PAGE < region.next ? region.checked + HUGE_PAGE : begin;
     const double seconds = collapse(region.checked, region);
     if (seconds < MOVED) return;
