@@ -1,6 +1,6 @@
 """One table of every speed: experts, few tokens, routing, growth, training; ours, peers, and what the machine can do.
 
-    python benchmarks/bench.py                                            # all; about 16 minutes on two cores
+    python benchmarks/bench.py                                            # all; about 17 minutes on two cores
     python benchmarks/bench.py --quick                                    # a few minutes
     python benchmarks/bench.py --shape 1000/520/24/1 --tokens 333 4096 --load even hot empty
     python benchmarks/bench.py --only routing few
