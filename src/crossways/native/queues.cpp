@@ -25,6 +25,19 @@ std::vector<int32_t> asked_by(const float* x, const Allowed& may, int64_t tokens
   return asked;
 }
 
+// serve(t, j) for the k choices j of tokens [first, end): all of one token before those of the next, or else all first
+// choices before second ones.
+template <class Serve>
+void in_turn(bool by_token, int64_t first, int64_t end, int64_t k, const Serve& serve) {
+  if (by_token) {
+    for (int64_t t = first; t < end; t++)
+      for (int64_t j = 0; j < k; j++) serve(t, j);
+  } else {
+    for (int64_t j = 0; j < k; j++)
+      for (int64_t t = first; t < end; t++) serve(t, j);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -54,13 +67,7 @@ void crossways_bits_of_first_best(const float* x, const uint64_t* allowed, const
       for (int64_t e = 0; e < experts; e++) left[e] = capacities.of(g, e);
       const int64_t first = g * n, end = first + n;
       std::fill(bits.of(first), bits.of(end), 0);
-      if (by_token) {
-        for (int64_t t = first; t < end; t++)
-          for (int64_t j = 0; j < k; j++) serve(t, j);
-      } else {
-        for (int64_t j = 0; j < k; j++)
-          for (int64_t t = first; t < end; t++) serve(t, j);
-      }
+      in_turn(by_token, first, end, k, serve);
     }
   }
 }
@@ -86,13 +93,7 @@ void crossways_bits_of_first_come(const float* x, const int64_t* index, const ui
       };
       const int64_t first = g * n, end = first + n;
       std::fill(bits.of(first), bits.of(end), 0);
-      if (by_token) {
-        for (int64_t t = first; t < end; t++)
-          for (int64_t j = 0; j < k; j++) serve(t, j);
-      } else {
-        for (int64_t j = 0; j < k; j++)
-          for (int64_t t = first; t < end; t++) serve(t, j);
-      }
+      in_turn(by_token, first, end, k, serve);
     }
   }
 }

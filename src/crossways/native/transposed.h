@@ -14,8 +14,8 @@ template <class T>
 constexpr int64_t LONGER = 64 / sizeof(T);
 
 // An expert's matrix as the right operand of products that sum over its rows: `parts` times `depth` rows, `apart`
-// values from one part to the next, of `count` columns. Nothing is transposed for that: bfloat16 wants neighbouring rows in one
-// word, float32 nothing at all but pieces of rows beside each other.
+// values from one part to the next, of `count` columns. Nothing is transposed for that: bfloat16 wants neighbouring rows
+// in one word, float32 nothing at all but pieces of rows beside each other.
 template <class T>
 struct Transposed {
   const T* matrix;
