@@ -14,6 +14,7 @@ struct Buffers {
   T* inputs;                     // right panels whose columns are input features and that sum over pairs
   T* hidden;                     // the same of weighted hidden values
   T *grad_up, *grad_up_left;     // gradient of what `up` returned, in both ways
+  Stage<T> stage;                // weight gradients on their way
   float *c, *weight_grads;       // sums; sums over groups, for experts of several
   Vec* weight_sums;              // gradients of the routing weights
   int64_t grad_y_row, grad_up_row;  // values from one pair to the next
@@ -24,7 +25,8 @@ struct Buffers {
     const bool several = to_hidden.several;
     const int64_t pairs = l.group(), down_values = to_hidden.packed_size(), up_values = to_inputs.packed_size();
     const int64_t of_pair = 3 * l.Dp + depth + 2 * (rows + GAP<T> + LONGER<T>);
-    const int64_t values = down_values + up_values + SIDE * l.Dp + pairs * of_pair;
+    const int64_t staged = Stage<T>::size(std::max(l.D, l.F));
+    const int64_t values = down_values + up_values + SIDE * l.Dp + pairs * of_pair + staged;
     const int64_t sums = std::max(Transposed<T>::sums(pairs), WRITTEN * SIDE);
     const int64_t floats = sums + (several ? l.Dp * (depth + rows) : 0) + pairs;
     scratch.reserve(values * sizeof(T) + floats * 4 + 8192);
@@ -37,6 +39,7 @@ struct Buffers {
     hidden = scratch.take<T>(pairs * depth);
     grad_up = scratch.take<T>(pairs * grad_up_row);
     grad_up_left = scratch.take<T>(pairs * (rows + GAP<T>));
+    stage.memory = scratch.take<T>(staged);
     c = scratch.take<float>(sums);
     weight_grads = scratch.take<float>(several ? l.Dp * (depth + rows) : 0);
     weight_sums = scratch.take<Vec>(pairs / 16);
@@ -190,7 +193,7 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
         return Place<T>{grad_down + d * F + s.f0 + f, F, D - d, F - s.f0 - f};
       };
       weight_gradient(b.grad_y_left, Dp, D, panels_of(b.hidden, g.count), depth, g.count, b.c, down_total, first, last,
-                      place);
+                      b.stage, place);
     }
     if (grad_up) {
       gather_inputs(l, g, b);
@@ -199,7 +202,7 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
         return Place<T>{grad_up + row * D + d, D, F - f, D - d};
       };
       weight_gradient(b.grad_up_left, rows, rows, panels_of(b.inputs, g.count), Dp, g.count, b.c, up_total, first, last,
-                      place);
+                      b.stage, place);
     }
     if (!sum) return;
     auto inputs = [&](int64_t d, int64_t count, const float* c, int64_t row) {

@@ -97,22 +97,31 @@ inline void get_turned(const float* rows, int64_t row, Vec x[16]) {
   for (int i = 0; i < 16; i++) x[i] = _mm512_castsi512_ps(square[i]);
 }
 
-// Write up to 32 values that are not read again soon: past the caches where whole lines are written.
+// Write up to 32 values.
+inline void keep_row(float* to, Vec a, Vec b, int64_t columns) {
+  store(to, a, first16(columns));
+  store(to + 16, b, first16(columns - 16));
+}
+inline void keep_row(bf16* to, Vec a, Vec b, int64_t columns) {
+  const Words row = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a)), narrow(b), 1);
+  _mm512_mask_storeu_epi16(to, first32(columns), row);
+}
+
+// The same for values that are not read again soon: past the caches where whole lines are written.
 inline void put_row(float* to, Vec a, Vec b, int64_t columns) {
   if (columns >= SIDE && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
     _mm512_stream_ps(to, a);
     _mm512_stream_ps(to + 16, b);
-    return;
+  } else {
+    keep_row(to, a, b, columns);
   }
-  store(to, a, first16(columns));
-  store(to + 16, b, first16(columns - 16));
 }
 inline void put_row(bf16* to, Vec a, Vec b, int64_t columns) {
-  Words row = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a)), narrow(b), 1);
+  const Words row = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a)), narrow(b), 1);
   if (columns >= SIDE && reinterpret_cast<uintptr_t>(to) % 64 == 0)
     _mm512_stream_si512(reinterpret_cast<Words*>(to), row);
   else
-    _mm512_mask_storeu_epi16(to, first32(columns), row);
+    keep_row(to, a, b, columns);
 }
 
 // Columns of a block are tokens: add each to 32 values of its row; rows that are null do not exist.
