@@ -151,7 +151,7 @@ def plain_activation(module: Any) -> Activation | str:
         return "its experts do not say how their weights lie"
     if module.has_bias:
         return "its experts have biases"
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         return "it has a norm after each expert"
     if module.has_gate and type(module)._apply_gate is not moe._default_apply_gate:
         return "it has a gate function of its own"
