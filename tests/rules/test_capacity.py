@@ -124,10 +124,9 @@ def test_against_transformers_switch(capacity, seed):
         SwitchTransformersConfig(num_experts=4, expert_capacity=capacity, hidden_size=8, router_jitter_noise=0.0)
     )
     x_BSD = torch.randn(3, 8, 8)
-    said = theirs(x_BSD)  # in one order or another, and with the logits only in newer versions
-    (dispatch_BSE,) = (part for part in said if not part.is_floating_point())
-    (prob_BS1,) = (part for part in said if part.shape[-1] == 1)
-    logits_BSE = theirs.classifier(x_BSD)
+    dispatch_BSE, prob_BS1, logits_BSE = theirs(x_BSD)
+    if prob_BS1.dim() == 4:  # transformers 5.17: the choice in the second place, counted over a dimension of size one
+        pytest.skip("this version of transformers never drops anybody")
     gate = LinearGate(8, 4)
     gate.weight.data = theirs.classifier.weight.data.float()
     routing = Router(4, Softmax(), Capacity(1, capacity * 4 / 8), gate=gate)(x_BSD)  # C = factor * 8 / 4
