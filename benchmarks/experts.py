@@ -76,8 +76,8 @@ def timed(
 ) -> Times:
     """Seconds of each contender, round by round. The dense network, ours and the fastest peer go on to the end.
 
-    The checked pass was a warm-up; where passes are cheap there is one more, as some compile in their first. On a CUDA
-    device nearly everybody compiles or times block shapes in it, so it says nothing of who is slow.
+    The checked pass was a warm-up; where passes are cheap there is one more, as some compile in their first. On CUDA
+    devices nearly everybody compiles or times block shapes in it, so it says nothing of who is slow.
     """
     device, first = problem.device, field.first[backward]
     warm = device == "cuda" or sum(first.values()) < seconds / 2

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import crossways
-from crossways.experts.register import ExpertsFallbackWarning, experts_report, plan_experts
+from crossways.experts.register import ExpertsFallbackWarning, experts_report, may_hold_a_part, plan_experts
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 EXPERTS, WIDTH, EXPERT_WIDTH, TOKENS, K = 4, 16, 24, 13, 2
@@ -168,6 +168,19 @@ def test_the_experts_of_one_rank_of_an_expert_parallel_group():
         local_TK = torch.where(mine_TK, index_TK - rank * half, half)
         total += local(x_TD, local_TK, weight_TK * mine_TK)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_older_versions_do_not_say_whether_experts_are_spread():
+    """Transformers 5.17 has neither of the two attributes; its expert parallelism gives the module a `forward`."""
+    experts = make_experts("mixtral", "MixtralExperts", torch.float32)
+    for name in ("has_post_expert_norm", "_is_expert_parallel"):
+        vars(experts).pop(name, None)
+    assert plan_experts(experts).reason is None
+    assert not may_hold_a_part(experts)
+    experts.forward = lambda *arguments: type(experts).forward(experts, *arguments)
+    assert may_hold_a_part(experts)
+    experts._is_expert_parallel = False
+    assert not may_hold_a_part(experts)
 
 
 def test_nothing_is_registered_on_import():
