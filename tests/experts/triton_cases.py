@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True, scope="session")
 def _loops_in_the_interpreter():
-    """Triton's interpreter up to 3.6 wants the integer of an array of one element, which NumPy refuses from 2.4 on."""
+    """The interpreter of Triton 3.6 wants the integer of an array of one element, which NumPy refuses from 2.4 on."""
     if why_not("triton", torch.device("cpu"), torch.float32) is not None:
         yield
         return
