@@ -76,10 +76,12 @@ def timed(
 ) -> Times:
     """Seconds of each contender, round by round. The dense network, ours and the fastest peer go on to the end.
 
-    The checked pass was a warm-up; where passes are cheap there is one more, as some compile in their first.
+    The checked pass was a warm-up; where passes are cheap there is one more, as some compile in their first. On CUDA
+    devices nearly everybody compiles or times block shapes in it, so it says nothing of who is slow.
     """
     device, first = problem.device, field.first[backward]
     warm = device == "cuda" or sum(first.values()) < seconds / 2
+    known = None if device == "cuda" else first
     mine = resolve_backend("auto", device, problem.dtype)
 
     def one(contender: Contender) -> Callable[[], None]:
@@ -87,7 +89,7 @@ def timed(
 
     runs = {name: one(contender) for name, contender in field.taking_part.items() if name in first}
     return in_turn(
-        runs, seconds, warm=int(warm), slow=SLOW, clock=clock_of(device), after=after, known=first,
+        runs, seconds, warm=int(warm), slow=SLOW, clock=clock_of(device), after=after, known=known,
         wanted=lambda times: {DENSE, mine, fastest_peer(times, device)},
     )  # fmt: skip
 

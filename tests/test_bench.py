@@ -147,6 +147,46 @@ def test_a_peer_whose_backward_would_take_minutes_is_timed_forward_only(bench, m
     assert "transformers:eager" in bench.experts.timed(problem, field, 0.01, backward=False)
 
 
+class FakeEvent:
+    """A CUDA event on a clock that whoever runs puts forward."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, stop):
+        return 1e3 * (stop.at - self.at)
+
+
+def test_on_a_gpu_nobody_is_judged_by_a_pass_in_which_it_compiled(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    problem = bench.problems.build(bench.problems.case_of("32/16/6/2", 40), torch.float32)
+    problem.device = "cuda"
+    cost = {"dense": 1.0, "scattermoe": 1.5}
+
+    def contender(name):
+        def run():
+            FakeEvent.now += cost[name]
+            return problem.leaves[0]
+
+        return bench.problems.Contender(run, problem.leaves)
+
+    everybody = {name: contender(name) for name in cost}
+    field = bench.field.Field(everybody, {}, {}, {False: {"dense": 1.0, "scattermoe": 500.0}})
+    monkeypatch.setattr(bench.experts, "resolve_backend", lambda *_: "triton")
+    monkeypatch.setattr(bench.experts, "PEERS", {"cuda": ()})
+    times = bench.experts.timed(problem, field, 0.01, backward=False)
+    assert times["dense"][:3] == pytest.approx([1.0] * 3)
+    assert times["scattermoe"][:3] == pytest.approx([1.5] * 3)
+
+
 def test_one_wrong_number_among_the_gradients_is_seen(bench, monkeypatch):
     problem = bench.problems.build(bench.problems.case_of("32/16/6/2", 40), torch.float32)
     made = bench.problems.crossways_contender(problem, "loop")

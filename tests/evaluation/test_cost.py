@@ -113,6 +113,12 @@ VARIANTS = {
 }
 
 
+def counted(counter):
+    """All but the rotary tables, whose angles some versions of transformers make by a matrix product."""
+    tables = [flops for name, flops in counter.get_flop_counts().items() if name.endswith(".rotary_emb")]
+    return counter.get_total_flops() - sum(sum(flops.values()) for flops in tables)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_operations_equal_those_torch_counts(name):
     batch, sequence = 2, 16
@@ -121,7 +127,7 @@ def test_training_operations_equal_those_torch_counts(name):
     ids = torch.randint(0, 64, (batch, sequence))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    assert counter.get_total_flops() == training_flops_per_token(config, sequence) * batch * sequence
+    assert counted(counter) == training_flops_per_token(config, sequence) * batch * sequence
 
 
 GATES = {
@@ -143,7 +149,7 @@ def test_forward_operations_of_every_gate_equal_those_torch_counts(name):
     model = CrosswaysForCausalLM(config).train(name == "noisy")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.randint(0, 64, (batch, sequence)))
-    assert counter.get_total_flops() == forward_flops_per_token(config, sequence) * batch * sequence
+    assert counted(counter) == forward_flops_per_token(config, sequence) * batch * sequence
 
 
 def test_a_scheduled_budget_counts_as_what_it_arrives_at():

@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from crossways.experts.triton import timing  # noqa: E402
 from crossways.experts.triton.configs import (  # noqa: E402
     Limits,
     block_rows,
@@ -222,6 +223,16 @@ def test_there_are_few_candidates_and_always_one(limits, columns, element_size):
             found = row_product_candidates(limits, block_m, columns, element_size, matrices, held)
             assert 1 <= len(found) <= 4
     assert 1 <= len(weight_grad_candidates(limits, columns, 512, element_size)) <= 4
+
+
+def test_a_single_candidate_needs_no_device_in_the_interpreter(monkeypatch):
+    asked = []
+    monkeypatch.setattr(timing, "do_bench", lambda run, warmup, rep, quantiles: asked.append(rep) or [1.0, 2.0, 3.0])
+    assert timing.milliseconds(asked.clear, (0.5, 0.2, 0.8)) == [1.0, 2.0, 3.0]
+    assert len(asked) == 1
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert timing.milliseconds(asked.clear, (0.5, 0.2, 0.8)) == [0.0, 0.0, 0.0]
+    assert len(asked) == 1
 
 
 def test_tiles_follow_the_mean_load():

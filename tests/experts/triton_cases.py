@@ -34,6 +34,25 @@ NAMES = ("x", "weight", "up", "down")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _loops_in_the_interpreter():
+    """The interpreter of Triton 3.6 wants the integer of an array of one element, which NumPy refuses from 2.4 on."""
+    if why_not("triton", torch.device("cpu"), torch.float32) is not None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(interpreter, "_patch_lang_tensor", patch)
+        yield
+
+
 def random_mask(tokens, experts, density, seed=0):
     return torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < density
 

@@ -23,6 +23,7 @@ def test_every_shipped_recipe_is_valid_and_its_rules_exist():
 
 
 def test_full_fine_tuning_learns_and_is_not_repeated(recipe_fields, tmp_path):
+    pytest.importorskip("trl")
     recipe = FinetuneRecipe.model_validate(recipe_fields)
     records = run_grid(recipe, tmp_path)
     assert [(r.rule, r.trained_on) for r in records] == [
@@ -52,6 +53,7 @@ def test_full_fine_tuning_learns_and_is_not_repeated(recipe_fields, tmp_path):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_run_leaves_what_it_names_and_warns_of_nothing(recipe_fields, tmp_path, recompute):
+    pytest.importorskip("trl")
     recipe_fields["tuning"] |= {"max_steps": 1, "gradient_checkpointing": recompute}
     recipe_fields |= {"rules": {"own": {"rule": "token-choice"}}, "train_on": ["clean"]}
     with warnings.catch_warnings(record=True) as told:
@@ -63,6 +65,8 @@ def test_a_run_leaves_what_it_names_and_warns_of_nothing(recipe_fields, tmp_path
 
 @pytest.mark.parametrize("parameters", [None, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]])
 def test_adapters_train_alone_and_are_merged(recipe_fields, tmp_path, parameters):
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
     recipe_fields |= {
         "rules": {"usmoe": {"rule": "usmoe", "k": 1.5}},
         "train_on": ["clean"],

@@ -50,6 +50,7 @@ def test_no_answer_within_reach_is_said(loaded):
 
 
 def test_labels_are_those_that_trl_trains_on(loaded, recipe_fields, tmp_path):
+    pytest.importorskip("trl")
     from crossways.finetune.run import _trainer
 
     model, tokenizer = loaded

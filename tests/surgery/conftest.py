@@ -1,12 +1,15 @@
 """Tiny random models of transformers' routed families, by the catalogue in families.yaml."""
 
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 CATALOGUE: dict[str, dict[str, Any]] = yaml.safe_load(
@@ -93,7 +96,11 @@ OTHER = {
 
 def model_class(name):
     """The class that the catalogue names."""
-    module = CATALOGUE[name].get("module", name)
+    module, version = CATALOGUE[name].get("module", name), Version(transformers.__version__)
+    if importlib.util.find_spec(f"transformers.models.{module}") is None:
+        pytest.skip(f"transformers {version} has no {module}")
+    if version.release[:2] <= Version(str(CATALOGUE[name].get("not_up_to", 0))).release:
+        pytest.skip(f"{name} has another form in transformers {version}")
     modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     return getattr(modeling, CATALOGUE[name]["model"])
 

@@ -99,9 +99,15 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 def _assignment(module: Any, index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Assignment:
     # Looking for sentinels would make a GPU wait, so there we trust the module to say whether there are any.
-    if index_TK.is_cpu or module._is_expert_parallel:
+    if index_TK.is_cpu or may_hold_a_part(module):
         return from_rectangle(index_TK, weight_TK, num_experts)
     return Assignment.from_topk(index_TK, weight_TK, num_experts)
+
+
+def may_hold_a_part(module: Any) -> bool:
+    """Whether some of its experts may be on other devices. Where transformers does not say, as 5.17 does not, a
+    `forward` of the module's own may be what brings tokens there."""
+    return getattr(module, "_is_expert_parallel", "forward" in vars(module))
 
 
 def _matrices(module: Any) -> tuple[Tensor, Tensor]:
@@ -151,7 +157,7 @@ def plain_activation(module: Any) -> Activation | str:
         return "its experts do not say how their weights lie"
     if module.has_bias:
         return "its experts have biases"
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         return "it has a norm after each expert"
     if module.has_gate and type(module)._apply_gate is not moe._default_apply_gate:
         return "it has a gate function of its own"

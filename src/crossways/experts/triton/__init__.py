@@ -7,6 +7,7 @@
     weight_grad.py  gradients of both matrices, experts' segments one by one
     passes.py       the kernels in their order, forward and back
     tiling.py       what kernels that walk over tiles of rows share; layout.py how tensors must lie for them
+    configs.py      candidates of block shapes; timing.py how long one of them takes
     plan.py         which rows a program works on, and each token's pairs; made on the device
     op.py           the operators that PyTorch and `torch.compile` see
 

@@ -31,7 +31,7 @@ _ROW_PRODUCTS = (
     (64, 64, 4, 4),
     (64, 32, 8, 4),
     (32, 16, 8, 4),  # with 32 of K, registers spill in float32 on one architecture or another
-    (32, 32, 4, 3),
+    (32, 32, 8, 3),
 )
 # (BLOCK_I, BLOCK_J, BLOCK_R, warps, stages): rows and columns of the gradient, and pairs summed at a time. The rows'
 # addresses are loaded too, so that Triton keeps a buffer for every other stage only.
@@ -112,8 +112,8 @@ def row_product_candidates(
         in_pieces: whether of the widest tiles it works on small pieces then, and holds one tile.
     """
     most = limits.accumulators * 2 // element_size
-    # Without tensor cores all of BLOCK_K is unrolled, and on Ampere more than 32 were seen to spill.
-    deepest = 32 if element_size == 4 and limits.accumulators < 128 else 64
+    # Without tensor cores all of BLOCK_K is unrolled, and more than 32 were seen to spill.
+    deepest = 32 if element_size == 4 else 64
 
     def suits(config: triton.Config) -> bool:
         n, k = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
@@ -127,15 +127,15 @@ def row_product_candidates(
 
 def weight_grad_candidates(limits: Limits, rows: int, columns: int, element_size: int) -> list[triton.Config]:
     """Those that suit a gradient of this shape."""
-
-    most = 128 if element_size == 2 else limits.accumulators // 2  # 16-bit ones compile well on Ampere too
+    most = limits.accumulators * 2 // element_size
+    deepest = 32 if element_size == 4 else 64  # as above
 
     def suits(config: triton.Config) -> bool:
         i, j, r = (config.kwargs[name] for name in ("BLOCK_I", "BLOCK_J", "BLOCK_R"))
         registers = i * j / (32 * config.num_warps)
         staged = (i + j) * r * (config.num_stages // 2 + 1) * element_size
         narrow = not _too_wide(i, rows) and not _too_wide(j, columns)
-        return registers <= most and staged <= limits.shared_memory and narrow
+        return r <= deepest and registers <= most and staged <= limits.shared_memory and narrow
 
     return [config for config in weight_grad_configs() if suits(config)][:_MOST_CANDIDATES]
 

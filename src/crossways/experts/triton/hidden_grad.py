@@ -23,6 +23,7 @@ from crossways.experts.triton.launch import Products
 from crossways.experts.triton.layout import matrices
 from crossways.experts.triton.plan import Tiles
 from crossways.experts.triton.tiling import multiple, part_of_program, product
+from crossways.experts.triton.timing import milliseconds
 
 
 class HiddenGrads(NamedTuple):
@@ -67,6 +68,7 @@ def hidden_grads(
     row_product_configs(),
     key=["D", "F", "BLOCK_M", "GATED"],
     prune_configs_by={"early_config_prune": prune_row_products("F", held=2, in_pieces=True)},
+    do_bench=milliseconds,
     # While timing, candidates with narrow tiles write parts that the chosen one may not overwrite.
     reset_to_zero=["part_ptr"],
 )

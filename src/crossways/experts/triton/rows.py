@@ -14,6 +14,7 @@ from crossways.experts.triton.launch import Products
 from crossways.experts.triton.layout import matrices
 from crossways.experts.triton.plan import Tiles
 from crossways.experts.triton.tiling import multiple, part_of_program, product
+from crossways.experts.triton.timing import milliseconds
 
 
 def row_products(rows_PK: Tensor, offsets_E1: Tensor, matrix_EKN: Tensor, tiles: Tiles, products: Products) -> Tensor:
@@ -42,6 +43,7 @@ def row_products(rows_PK: Tensor, offsets_E1: Tensor, matrix_EKN: Tensor, tiles:
     row_product_configs(),
     key=["K", "N", "BLOCK_M", "K_INNER"],
     prune_configs_by={"early_config_prune": prune_row_products("N")},
+    do_bench=milliseconds,
 )
 @triton.jit
 def row_kernel(

@@ -17,6 +17,7 @@ from crossways.experts.triton.launch import Products
 from crossways.experts.triton.layout import matrices
 from crossways.experts.triton.plan import Tiles
 from crossways.experts.triton.tiling import element, multiple, multiply, part_of_program
+from crossways.experts.triton.timing import milliseconds
 
 
 def up_products(
@@ -51,6 +52,7 @@ def up_products(
     row_product_configs(),
     key=["D", "F", "BLOCK_M", "GATED"],
     prune_configs_by={"early_config_prune": prune_row_products("F", held=2, twice_if_gated=True)},
+    do_bench=milliseconds,
 )
 @triton.jit
 def up_kernel(

@@ -18,6 +18,7 @@ from torch import Tensor
 from crossways.experts.triton.configs import prune_weight_grads, weight_grad_configs
 from crossways.experts.triton.launch import Products
 from crossways.experts.triton.tiling import multiple, multiply
+from crossways.experts.triton.timing import milliseconds
 
 
 def weight_grads(
@@ -54,6 +55,7 @@ def weight_grads(
     weight_grad_configs(),
     key=["ROWS", "COLUMNS", "GATHER_LEFT", "LOAD"],
     prune_configs_by={"early_config_prune": prune_weight_grads},
+    do_bench=milliseconds,
 )
 @triton.jit
 def weight_grad_kernel(

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from crossways.rules.registry import build, catalogue
+from crossways.rules.value import Value
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Value):
     """Maps router logits (B, S, E), float32 or float64, to non-negative scores (B, S, E) of the same dtype.
 
     Most scores look at one token at a time. One that looks at others says so, leaves padding out by `valid_BS`, and

@@ -19,10 +19,11 @@ from crossways.assignment import Assignment
 from crossways.errors import UserError
 from crossways.native import bits, budgeted, routing
 from crossways.rules.registry import build, catalogue
+from crossways.rules.value import Value
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Value):
     """Chooses pairs by `choice_BSE` and gives them the weights in `scores_BSE`.
 
     The two are the same tensor for most rules; they differ where a rule chooses by a biased score and weighs by the
@@ -147,7 +148,8 @@ def budgets(tokens_G: Count, k: float, experts: int = 1) -> Count:
     Returns:
         int64 (G,), or an int.
     """
-    above, below = _rate(k, experts)
+    rate = _rate.__wrapped__ if torch.compiler.is_compiling() else _rate  # the compiler warns of caches
+    above, below = rate(k, experts)
     return (2 * above * tokens_G + below) // (2 * below)
 
 

@@ -122,7 +122,7 @@ class Capacity(Selection):
             )
 
     def decode_twin(self) -> Capacity:
-        return self if self.factor is None else Capacity(**(vars(self) | {"factor": None}))
+        return self if self.factor is None else self._as(Capacity, None)
 
     def asking(self) -> Capacity | None:
         return None if self.factor is None else self.decode_twin()
@@ -130,7 +130,13 @@ class Capacity(Selection):
     def in_training(self) -> Capacity:
         if self.second == "always":
             return self
-        return _Sampled(**vars(self))
+        return self._as(_Sampled, self.factor)
+
+    def _as(self, kind: type[Capacity], factor: float | None) -> Capacity:
+        """Field by field, which the compiler can follow."""
+        return kind(
+            self.k, factor, self.group, self.order, self.normalize, self.second, self.zero_computation, self.tau
+        )
 
     def __call__(self, choice_BSE: Tensor, scores_BSE: Tensor, allowed_BSE: Tensor | None = None) -> Assignment:
         if self._asks_its_best() and routing.fits(choice_BSE, allowed_BSE):
