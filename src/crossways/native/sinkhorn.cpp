@@ -49,10 +49,37 @@ struct Problem {
     }
   }
 
+  // The same of pairs of tokens [t, end) where E is so many vectors: they are read and widened once, and the columns'
+  // sums stay in registers.
+  template <int vectors>
+  void add_pairs(int64_t t, int64_t end, bool first, const double* scale, double* sums) const {
+    __m512d sum[vectors];
+    for (int v = 0; v < vectors; v++) sum[v] = _mm512_loadu_pd(sums + 8 * v);
+    for (; t < end; t += 2) {
+      for (int64_t i = t; first && i < t + 2; i++) from.fill(i);
+      __m512d one[vectors], other[vectors], dot_one = _mm512_setzero_pd(), dot_other = dot_one;
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; v++) {
+        const __m512d by = _mm512_loadu_pd(scale + 8 * v);
+        dot_one = _mm512_fmadd_pd(one[v] = at(t, 8 * v), by, dot_one);
+        dot_other = _mm512_fmadd_pd(other[v] = at(t + 1, 8 * v), by, dot_other);
+      }
+      const __m512d row_one = _mm512_set1_pd(1 / (rows * (_mm512_reduce_add_pd(dot_one) + TINY)));
+      const __m512d row_other = _mm512_set1_pd(1 / (rows * (_mm512_reduce_add_pd(dot_other) + TINY)));
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; v++)
+        sum[v] = _mm512_fmadd_pd(other[v], row_other, _mm512_fmadd_pd(one[v], row_one, sum[v]));
+    }
+    for (int v = 0; v < vectors; v++) _mm512_storeu_pd(sums + 8 * v, sum[v]);
+  }
+
   // The `first` time, tokens are filled on the way.
   void add_chunk(int64_t chunk, bool first, const double* scale, double* sums) const {
     int64_t t = chunk * CHUNK;
-    const int64_t end = std::min(n, t + CHUNK);
+    const int64_t end = std::min(n, t + CHUNK), even = end - (end - t) % 2;
+    if (experts == 64) add_pairs<8>(t, even, first, scale, sums), t = even;
+    if (experts == 32) add_pairs<4>(t, even, first, scale, sums), t = even;
+    if (experts == 16) add_pairs<2>(t, even, first, scale, sums), t = even;
     for (; t + 4 <= end; t += 4) {
       for (int64_t i = t; first && i < t + 4; i++) from.fill(i);
       add<4>(t, scale, sums);
@@ -129,17 +156,25 @@ struct Group {
 
   // Bits of each token's k greatest; its first token is token `begin` of all.
   void choose(const std::vector<float>& by, const Allowed& may, const Bits& bits, int64_t begin, int64_t k) const {
+    // No scaled entry is negative, so that its bits are its key.
+    auto key_of = [x = logits(0), mass = rows.mass, experts = rows.experts, to = by.data()](
+                      int64_t t, int64_t piece, __mmask16 real) {
+      const float* own = x ? x + t * experts : nullptr;
+      return _mm512_castps_si512(scaled(own, mass + t * experts, to, 16 * piece, real));
+    };
 #pragma omp parallel num_threads(threads)
     {
       Sixteen found(rows.experts, k);
 #pragma omp for schedule(static)
       for (int64_t first = 0; first < rows.n; first += 16) {
         const int64_t count = std::min<int64_t>(16, rows.n - first);
-        found.load(may, begin + first, count, [&](int64_t i, int64_t piece, __mmask16 real) {
-          // No scaled entry is negative, so that its bits are its key.
-          const float* mass = rows.mass + (first + i) * rows.experts;
-          return _mm512_castps_si512(scaled(logits(first + i), mass, by.data(), 16 * piece, real));
-        });
+        if (k == 1) {
+          for (int64_t t = first; t < first + count; t++)
+            found.put_greatest(bits, may, begin + t, [&](int64_t piece, __mmask16 real) { return key_of(t, piece, real); });
+          continue;
+        }
+        found.load(may, begin + first, count,
+                   [&](int64_t i, int64_t piece, __mmask16 real) { return key_of(first + i, piece, real); });
         found.rank(k);
         put_open(bits, found, begin + first, count, k);
       }
