@@ -33,9 +33,11 @@ inline __m512 finite(const float* x, __mmask16 real) {
   return _mm512_max_ps(_mm512_mask_mov_ps(row, odd, low), low);
 }
 
-// Eight powers, less the greatest of all so that they cannot overflow; rows are scaled anyway.
+// Of eight logits, less the greatest of the token's so that nothing overflows; rows are scaled anyway. Not in one
+// operation with the factor: of logits near the lowest, what that leaves unrounded is larger than all of them.
 inline __m256 powers(__m256 row, __m512d top) {
-  return _mm512_cvtpd_ps(power_of_2(_mm512_fmsub_pd(_mm512_cvtps_pd(row), _mm512_set1_pd(M_LOG2E), top)));
+  const __m512d below = _mm512_sub_pd(_mm512_cvtps_pd(row), top);
+  return _mm512_cvtpd_ps(power_of_2(_mm512_mul_pd(below, _mm512_set1_pd(M_LOG2E))));
 }
 
 // Of one token's logits. Returns whether some logit is no number or positive infinity.
@@ -47,7 +49,7 @@ bool odd_exponentials(const float* x, int64_t experts, float* mass) {
     most = _mm512_max_ps(most, finite(x + e, real));
     odd |= _mm512_mask_fpclass_ps_mask(real, _mm512_maskz_loadu_ps(real, x + e), ODD);
   }
-  const __m512d top = _mm512_set1_pd(M_LOG2E * double(_mm512_reduce_max_ps(most)));
+  const __m512d top = _mm512_set1_pd(_mm512_reduce_max_ps(most));
   for (int64_t e = 0; e < experts; e += 16) {
     const __mmask16 real = lanes(experts - e);
     const __m512 row = finite(x + e, real);
@@ -70,7 +72,7 @@ bool exponentials(const float* x, int64_t experts, float* mass) {
     most = _mm512_max_ps(most, row);
   }
   if (odd) return odd_exponentials(x, experts, mass);
-  const __m512d top = _mm512_set1_pd(M_LOG2E * double(_mm512_reduce_max_ps(most)));
+  const __m512d top = _mm512_set1_pd(_mm512_reduce_max_ps(most));
   for (int64_t e = 0; e < experts; e += 8) _mm256_storeu_ps(mass + e, powers(_mm256_loadu_ps(x + e), top));
   return false;
 }

@@ -105,11 +105,11 @@ struct Levelled {
   // Where gain and price of a token are greatest, in doubles.
   int64_t best(const Real* row) const {
     __m512d most = _mm512_set1_pd(-FAR);
-    for (int64_t e = 0; e < wide; e += 8) most = _mm512_max_pd(most, _mm512_add_pd(gain(row, e), _mm512_loadu_pd(&price[e])));
+    auto value = [&](int64_t e) { return _mm512_add_pd(gain(row, e), _mm512_loadu_pd(&price[e])); };
+    for (int64_t e = 0; e < wide; e += 8) most = _mm512_max_pd(most, value(e));
     const __m512d top = _mm512_set1_pd(_mm512_reduce_max_pd(most));
     for (int64_t e = 0;; e += 8)
-      if (const __mmask8 here = _mm512_cmp_pd_mask(_mm512_add_pd(gain(row, e), _mm512_loadu_pd(&price[e])), top, _CMP_EQ_OQ))
-        return e + __builtin_ctz(here);
+      if (const __mmask8 here = _mm512_cmp_pd_mask(value(e), top, _CMP_EQ_OQ)) return e + __builtin_ctz(here);
   }
 
   // Everybody's best at these prices, and the mean lead. Returns how many are too many.
@@ -151,8 +151,8 @@ struct Levelled {
 
   // Any prices will do to begin with; the better they level the loads, the fewer tokens are left to push. Loads answer
   // to prices about as those of a softmax would whose temperature is the mean lead, so that this is Sinkhorn's step,
-  // shortened because loads are whole. A step costs as much time as `worth` pushes, and the next one saves about a fourth
-  // of what the last one did.
+  // a little shortened because loads are whole. A step costs as much time as `worth` pushes, and the next one saves
+  // about a fourth of what the last one did.
   std::vector<int64_t> level() {
     std::vector<int64_t> chosen(n), load(experts), next(n), next_load(experts);
     double lead;

@@ -123,8 +123,8 @@ int64_t crossways_count_of_bits(const uint64_t* words, int64_t count) {
   return sum;
 }
 
-// Tokens and experts of the pairs, by expert and then by token, their entries of a matrix (T, E), which may be null, and
-// where each expert's begin. Returns how many there are; more than there is `room` for are not written.
+// Tokens and experts of the pairs, by expert and then by token, their entries of a matrix (T, E), which may be null,
+// and where each expert's begin. Returns how many there are; if there is no `room` for them, none are written.
 int64_t crossways_pairs(const uint64_t* words, const float* matrix, int64_t tokens, int64_t experts, int64_t room,
                         int64_t* token, int64_t* expert, float* weight, int64_t* offsets, int64_t parts) {
   const Allowed bits(words, experts);
@@ -148,8 +148,8 @@ int64_t crossways_pairs(const uint64_t* words, const float* matrix, int64_t toke
   return offsets[experts];
 }
 
-// The other way round: matrix (T, E) = 0 but for these pairs, whose values lie in that order. Row by row, so that each is
-// in the cache while its pairs are written.
+// The other way round: matrix (T, E) = 0 but for these pairs, whose values lie in that order. Row by row, so that each
+// is in the cache while its pairs are written.
 void crossways_spread(const uint64_t* words, const float* value, int64_t tokens, int64_t experts, float* matrix,
                       int64_t parts) {
   const Allowed bits(words, experts);
