@@ -283,7 +283,7 @@ def test_base_finds_the_optimum_of_scipy(monkeypatch, tokens, experts, skew):
 def test_base_sees_gains_that_floats_cannot_tell_apart(monkeypatch, tokens, experts, far):
     torch.manual_seed(tokens)
     monkeypatch.setattr(routing, "_SMALL", 0)
-    fine_NE = 2.0**-36 * torch.randint(0, 1000, (tokens, experts)).double()  # below a float's steps, and sums are exact
+    fine_NE = 2.0**-36 * torch.randint(0, 1000, (tokens, experts)).double()  # below a float's steps
     gain_NE = torch.randint(0, 3, (tokens, experts)).double() + fine_NE
     gain_NE[:, 0] += far
     native, plain = both(monkeypatch, lambda: balanced_assignment(gain_NE))
