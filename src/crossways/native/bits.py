@@ -102,7 +102,7 @@ def of_cutoff(
 def of_top_k(choice: Tensor, k: int, allowed: Bits | Tensor | None = None) -> Bits:
     """Of each token's k greatest allowed experts; earlier ones of equals first, NaN greatest."""
     (choice, *shape), allowed = _flat(choice), _allowed(allowed)
-    bits = _of_each(k, *shape, allowed)
+    bits = _of_each(k, shape[0], shape[1], allowed)
     sizes = map(c_int64, (*shape, k))
     library().crossways_bits_of_top_k(_at(choice), _words(allowed), *sizes, _words(bits), _threads())
     return bits
@@ -123,7 +123,7 @@ def of_group_limited(
     """The same within each token's `kept` best groups of neighbours, which are ranked by the sum of their `best`
     greatest entries."""
     (choice, *shape), allowed = _flat(choice), _allowed(allowed)
-    bits = _of_each(min(k, kept * (shape[1] // groups)), *shape, allowed)
+    bits = _of_each(min(k, kept * (shape[1] // groups)), shape[0], shape[1], allowed)
     sizes = map(c_int64, (*shape, k, groups, best, kept))
     library().crossways_bits_of_group_limited(_at(choice), _words(allowed), *sizes, _words(bits), _threads())
     return bits

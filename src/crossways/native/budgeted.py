@@ -103,8 +103,10 @@ def of_column_budgets(
     """Of the greatest allowed entries of each group's columns, as many as their budget (one, or int64 (G, E)) says;
     earlier ones of equals first, NaN greatest. With `broken` every allowed NaN, even beyond the budget."""
     groups, tokens, experts = choice_GNE.shape
-    known = isinstance(budget, int) and allowed is None and not broken
-    bits = _none(groups * tokens, experts, groups * experts * min(max(budget, 0), tokens) if known else None)
+    most = None
+    if isinstance(budget, int) and allowed is None and not broken:
+        most = groups * experts * min(max(budget, 0), tokens)
+    bits = _none(groups * tokens, experts, most)
     _column_cuts(choice_GNE, budget, _allowed(allowed), bits, None, broken)
     return bits
 
