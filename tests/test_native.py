@@ -278,6 +278,21 @@ def test_base_finds_the_optimum_of_scipy(monkeypatch, tokens, experts, skew):
 
 
 @needs_native
+@pytest.mark.parametrize("far", [0.0, 1e6])
+@pytest.mark.parametrize(("tokens", "experts"), [(200, 8), (131, 16), (70, 5)])
+def test_base_sees_gains_that_floats_cannot_tell_apart(monkeypatch, tokens, experts, far):
+    torch.manual_seed(tokens)
+    monkeypatch.setattr(routing, "_SMALL", 0)
+    fine_NE = 2.0**-36 * torch.randint(0, 1000, (tokens, experts)).double()  # below a float's steps
+    gain_NE = torch.randint(0, 3, (tokens, experts)).double() + fine_NE
+    gain_NE[:, 0] += far
+    native, plain = both(monkeypatch, lambda: balanced_assignment(gain_NE))
+    ours, theirs = ((gain_NE - far * (torch.arange(experts) == 0))[chosen].sum() for chosen in (native, plain))
+    assert native.sum(0).max() <= -(-tokens // experts)
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-12 if not far else 1e-9)
+
+
+@needs_native
 def test_groups_of_base_are_solved_apart(monkeypatch):
     gain_NE = torch.randn(90, 4).double()
     monkeypatch.setattr(routing, "_SMALL", 0)

@@ -275,3 +275,56 @@ def test_base_fills_what_does_not_divide_and_refuses_what_is_not_finite(monkeypa
     assert torch.equal(chosen_N, routing.balanced(gain_NE.double(), starts_G1))
     gain_NE[5, 2] = -torch.inf
     assert routing.balanced(gain_NE, starts_G1) is None
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("experts", [5, 16, 64, 70, 160])
+def test_the_greatest_alone_is_the_first_of_the_greatest(experts, masked):
+    torch.manual_seed(experts)
+    choice_TE = (2 * torch.randn(70, experts)).round() / 2  # many equals
+    choice_TE[torch.rand(70, experts) < 0.02] = torch.nan
+    choice_TE[torch.rand(70, experts) < 0.1] = -torch.inf
+    choice_TE[3], choice_TE[4] = -torch.inf, -0.0
+    allowed_TE = torch.rand(70, experts) < 0.5 if masked else None
+    if masked:
+        allowed_TE[7] = False
+    index_T1 = bits.top_k_index(choice_TE, 1, allowed_TE)
+    expected_TE = torch.zeros(70, experts, dtype=torch.bool).scatter_(1, index_T1, True)
+    if masked:
+        expected_TE &= allowed_TE
+    assert torch.equal(bits.of_top_k(choice_TE, 1, allowed_TE).mask(), expected_TE)
+
+
+@pytest.mark.parametrize("experts", [8, 16, 32, 64])
+@pytest.mark.parametrize("tokens", [513, 1100])
+def test_sinkhorn_of_finite_logits_is_the_same_bit_for_bit(monkeypatch, tokens, experts):
+    torch.manual_seed(tokens)
+    logits_GNE = 3 * torch.randn(2, tokens, experts)
+    logits_GNE[0, 5] = torch.finfo(torch.float32).min  # finite, and below what counts as the lowest
+    native, plain = native_and_plain(monkeypatch, lambda: Sinkhorn().balance(logits_GNE))
+    assert torch.equal(native, plain)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 5), (2, 9, 130)], ids=str)
+def test_weights_have_every_derivative(monkeypatch, shape):
+    monkeypatch.setattr(routing, "_SMALL", 0)
+    torch.manual_seed(0)
+    scores_BSE = torch.rand(shape, requires_grad=True)
+    found = TopK(k=3)(scores_BSE, scores_BSE)
+    plain_P = scores_BSE.flatten(0, 1)[found.token_P, found.expert_P]
+    results = []
+    for weight_P in (found.weight_P, plain_P):
+        (once,) = torch.autograd.grad(weight_P.pow(3).sum(), scores_BSE, retain_graph=True)
+        (first,) = torch.autograd.grad(weight_P.pow(3).sum(), scores_BSE, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), scores_BSE)
+        results.append((weight_P, once, first, second))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_more_pairs_than_were_foreseen_are_not_written():
+    chosen = bits.of_top_k(torch.rand(9, 5), 3)
+    with pytest.raises(AssertionError, match="27 pairs are chosen where 26"):
+        bits.pairs(bits.Bits(chosen.word_TW, 5, 26), torch.rand(9, 5))
+    token_P, expert_P, weight_P, _ = bits.pairs(bits.Bits(chosen.word_TW, 5, 40), torch.rand(9, 5))
+    assert len(token_P) == len(expert_P) == len(weight_P) == 27

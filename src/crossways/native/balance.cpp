@@ -35,28 +35,54 @@ struct Transport : Levelled<Real, whole> {
     for (auto& of_expert : members) of_expert.reserve(2 * places);
   }
 
-  // Which tokens a loses least by giving away, to eight other experts: to all, or where it would have been t.
-  void refresh(int64_t a, int64_t t = -1) {
-    here.clear();
-    for (const int64_t one : members[a]) here.push_back(row(one)[a]);
-    for (int64_t b = 0; b < wide; b += 8)
-      if (t < 0 || _mm512_cmpeq_epi64_mask(_mm512_loadu_epi64(&mover[a * wide + b]), _mm512_set1_epi64(t)))
-        refresh_eight(a, b);
+  // Which tokens a loses least by giving away, to every other expert.
+  void refresh(int64_t a) {
+    look_at_members(a);
+    int64_t b = 0;
+    for (; b + 64 <= wide; b += 64) refresh_vectors<8>(a, b);
+    for (; b < wide; b += 8) refresh_vectors<1>(a, b);
     cost[a * wide + a] = FAR;
   }
 
-  void refresh_eight(int64_t a, int64_t b) {
-    __m512d least = _mm512_set1_pd(FAR);
-    __m512i who = _mm512_set1_epi64(-1);
+  // The same where it would have been t, which is gone.
+  void refresh_without(int64_t a, int64_t t) {
+    look_at_members(a);
+    for (int64_t b = 0; b < wide; b += 8)
+      if (_mm512_cmpeq_epi64_mask(_mm512_loadu_epi64(&mover[a * wide + b]), _mm512_set1_epi64(t)))
+        refresh_vectors<1>(a, b);
+    cost[a * wide + a] = FAR;
+  }
+
+  void look_at_members(int64_t a) {
+    here.clear();
+    for (const int64_t one : members[a]) here.push_back(row(one)[a]);
+  }
+
+  // Of so many times eight experts, in registers.
+  template <int vectors>
+  void refresh_vectors(int64_t a, int64_t b) {
+    __m512d least[vectors];
+    __m512i who[vectors];
+    std::fill_n(least, vectors, _mm512_set1_pd(FAR));
+    std::fill_n(who, vectors, _mm512_set1_epi64(-1));
     for (size_t i = 0; i < here.size(); i++) {
       const int64_t t = members[a][i];
-      const __m512d loss = _mm512_sub_pd(_mm512_set1_pd(here[i]), gain(row(t), b));
-      const __mmask8 better = _mm512_cmp_pd_mask(loss, least, _CMP_LT_OQ);
-      least = _mm512_mask_mov_pd(least, better, loss);
-      who = _mm512_mask_mov_epi64(who, better, _mm512_set1_epi64(t));
+      const Real* of_t = row(t);
+      const __m512d there = _mm512_set1_pd(here[i]);
+      const __m512i name = _mm512_set1_epi64(t);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; v++) {
+        const __m512d loss = _mm512_sub_pd(there, gain(of_t, b + 8 * v));
+        const __mmask8 better = _mm512_cmp_pd_mask(loss, least[v], _CMP_LT_OQ);
+        least[v] = _mm512_mask_mov_pd(least[v], better, loss);
+        who[v] = _mm512_mask_mov_epi64(who[v], better, name);
+      }
     }
-    _mm512_storeu_pd(&cost[a * wide + b], least);
-    _mm512_storeu_epi64(&mover[a * wide + b], who);
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) {
+      _mm512_storeu_pd(&cost[a * wide + b + 8 * v], least[v]);
+      _mm512_storeu_epi64(&mover[a * wide + b + 8 * v], who[v]);
+    }
   }
 
   // Whether t, which is new, is that token.
@@ -74,7 +100,7 @@ struct Transport : Levelled<Real, whole> {
 
   void move(int64_t t, int64_t a, int64_t b) {
     members[a].erase(std::find(members[a].begin(), members[a].end(), t));
-    refresh(a, t);
+    refresh_without(a, t);
     members[b].push_back(t);
     consider(b, t);
   }
@@ -119,7 +145,7 @@ struct Transport : Levelled<Real, whole> {
   // `each(t, e)` for every token and its expert. False, without any, if some gain is not finite.
   template <class Each>
   bool solve(Each each) {
-    if (!this->finite()) return false;
+    if (!this->turn()) return false;
     const std::vector<int64_t> start = this->level();
     for (int64_t t = 0; t < n; t++) members[start[t]].push_back(t);
     for (int64_t a = 0; a < experts; a++) refresh(a);

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from crossways.native.loading import library
-from crossways.native.routing import _at, _maybe, _ready, _threads, taken
+from crossways.native.routing import _at, _maybe, _ready, _threads, taken, weights
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Bits:
     """int64 (T, W); bit e % 64 of word e // 64 is expert e."""
     experts: int
     """E."""
+    most: int | None = None
+    """No more pairs than this, and but for odd cases as many; None where they have to be counted."""
 
     def __or__(self, other: Bits) -> Bits:
         return Bits(self.word_TW | other.word_TW, self.experts)
@@ -38,8 +40,13 @@ class Bits:
         return mask_TE
 
 
-def _none(tokens: int, experts: int) -> Bits:
-    return Bits(torch.empty(tokens, -(-experts // 64), dtype=torch.int64), experts)
+def _none(tokens: int, experts: int, most: int | None = None) -> Bits:
+    return Bits(torch.empty(tokens, -(-experts // 64), dtype=torch.int64), experts, most)
+
+
+def _of_each(k: int, tokens: int, experts: int, allowed: Bits | Tensor | None) -> Bits:
+    """Room for k experts of each token, or as many as are allowed."""
+    return _none(tokens, experts, min(k, experts) * tokens if allowed is None else None)
 
 
 def _flat(choice: Tensor) -> tuple[Tensor, int, int]:
@@ -95,7 +102,7 @@ def of_cutoff(
 def of_top_k(choice: Tensor, k: int, allowed: Bits | Tensor | None = None) -> Bits:
     """Of each token's k greatest allowed experts; earlier ones of equals first, NaN greatest."""
     (choice, *shape), allowed = _flat(choice), _allowed(allowed)
-    bits = _none(*shape)
+    bits = _of_each(k, shape[0], shape[1], allowed)
     sizes = map(c_int64, (*shape, k))
     library().crossways_bits_of_top_k(_at(choice), _words(allowed), *sizes, _words(bits), _threads())
     return bits
@@ -116,7 +123,7 @@ def of_group_limited(
     """The same within each token's `kept` best groups of neighbours, which are ranked by the sum of their `best`
     greatest entries."""
     (choice, *shape), allowed = _flat(choice), _allowed(allowed)
-    bits = _none(*shape)
+    bits = _of_each(min(k, kept * (shape[1] // groups)), shape[0], shape[1], allowed)
     sizes = map(c_int64, (*shape, k, groups, best, kept))
     library().crossways_bits_of_group_limited(_at(choice), _words(allowed), *sizes, _words(bits), _threads())
     return bits
@@ -135,18 +142,25 @@ def of_top_p(choice: Tensor, scores: Tensor, k: int, share: float, allowed: Bits
 def pairs(bits: Bits, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens (P,), experts (P,), their entries of `weight` (..., E) and offsets (E + 1,), by expert, then by token.
     Gradients flow back to `weight`."""
-    tokens, parts, native = len(bits.word_TW), torch.get_num_threads(), library()
-    offsets_E1 = torch.empty(bits.experts + 1, dtype=torch.int64)
-    next_NE = torch.empty(parts, bits.experts, dtype=torch.int64)
-    sizes, begins = (c_int64(tokens), c_int64(bits.experts)), (_at(offsets_E1), _at(next_NE), c_int64(parts))
-    native.crossways_pair_offsets.restype = c_int64
-    count = native.crossways_pair_offsets(_words(bits), *sizes, *begins)
-    token_P, expert_P = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+    word_TW, experts, native = bits.word_TW, bits.experts, library()
+    room = bits.most
+    if room is None:
+        native.crossways_count_of_bits.restype = c_int64
+        room = int(native.crossways_count_of_bits(_at(word_TW), c_int64(word_TW.numel())))
+    token_P, expert_P = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=torch.int64)
+    weight_P, offsets_E1 = torch.empty(room), torch.empty(experts + 1, dtype=torch.int64)
     direct = weight.dtype == torch.float32 and weight.is_contiguous()
-    weight_P = torch.empty(count) if direct else None
-    native.crossways_pairs(
-        _words(bits), _at(weight if direct else None), *sizes, *begins, _at(token_P), _at(expert_P), _at(weight_P)
-    )
-    if weight_P is None or (weight.requires_grad and torch.is_grad_enabled()):
-        weight_P = taken(weight.reshape(-1, bits.experts), token_P, expert_P, weight_P)
+    native.crossways_pairs.restype = c_int64
+    count = native.crossways_pairs(
+        _at(word_TW), _at(weight if direct else None), *map(c_int64, (len(word_TW), experts, room)),
+        _at(token_P), _at(expert_P), _at(weight_P), _at(offsets_E1), _threads(),
+    )  # fmt: skip
+    if count > room:
+        raise AssertionError(f"{count} pairs are chosen where {room} were the most")
+    if count < room:
+        token_P, expert_P, weight_P = token_P[:count], expert_P[:count], weight_P[:count]
+    if not direct:
+        weight_P = weights(weight.reshape(-1, experts), token_P, expert_P)
+    elif weight.requires_grad and torch.is_grad_enabled():
+        weight_P = taken(weight, weight_P, token_P, expert_P, word_TW)
     return token_P, expert_P, weight_P, offsets_E1

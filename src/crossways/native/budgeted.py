@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossways.native.bits import Bits, _allowed, _flat, _none, _words
+from crossways.native.bits import Bits, _allowed, _flat, _none, _of_each, _words
 from crossways.native.loading import library
 from crossways.native.routing import _at, _maybe, _ready, _threads
 
@@ -62,7 +62,8 @@ def of_shared_budgets(
 ) -> Bits:
     """Of the greatest allowed pairs of each group, as many as its budget (one, or int64 (G,)) says; earlier ones of
     equals first, NaN greatest."""
-    bits = _none(choice.numel() // max(choice.shape[-1], 1), choice.shape[-1])
+    most = groups.count * min(max(budget, 0), groups.n * choice.shape[-1]) if isinstance(budget, int) else None
+    bits = _none(choice.numel() // max(choice.shape[-1], 1), choice.shape[-1], most if allowed is None else None)
     _shared_cuts(choice, groups, budget, _allowed(allowed), bits, None)
     return bits
 
@@ -101,7 +102,11 @@ def of_column_budgets(
 ) -> Bits:
     """Of the greatest allowed entries of each group's columns, as many as their budget (one, or int64 (G, E)) says;
     earlier ones of equals first, NaN greatest. With `broken` every allowed NaN, even beyond the budget."""
-    bits = _none(choice_GNE.shape[0] * choice_GNE.shape[1], choice_GNE.shape[2])
+    groups, tokens, experts = choice_GNE.shape
+    most = None
+    if isinstance(budget, int) and allowed is None and not broken:
+        most = groups * experts * min(max(budget, 0), tokens)
+    bits = _none(groups * tokens, experts, most)
     _column_cuts(choice_GNE, budget, _allowed(allowed), bits, None, broken)
     return bits
 
@@ -145,7 +150,7 @@ def of_sinkhorn(
     """Of each token's k greatest allowed entries of that matrix, which is not written down."""
     logits_GNE, valid_GN = _ready(logits_GNE, torch.float32), _maybe(valid_GN)
     (groups, tokens, experts), allowed = logits_GNE.shape, _allowed(allowed)
-    bits = _none(groups * tokens, experts)
+    bits = _of_each(k, groups * tokens, experts, allowed)
     library().crossways_bits_of_sinkhorn(
         _at(logits_GNE), _at(valid_GN), _words(allowed), *map(c_int64, (groups, tokens, experts, most)),
         c_double(tolerance), c_int64(k), _words(bits), _threads(),
@@ -156,7 +161,7 @@ def of_sinkhorn(
 def of_balanced(gain: Tensor, groups: int) -> Bits | None:
     """What `routing.balanced` gives for float32 gains and groups of equal size; None if one is not finite."""
     gain, tokens, experts = _flat(gain)
-    bits = _none(tokens, experts)
+    bits = _none(tokens, experts, tokens)
     starts = (c_int64 * (groups + 1))(*(g * (tokens // max(groups, 1)) for g in range(groups + 1)))
     sizes = c_int64(groups), c_int64(experts)
     solved = library().crossways_bits_of_balanced(_at(gain), starts, *sizes, _words(bits), _threads())

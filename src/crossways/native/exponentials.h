@@ -33,27 +33,48 @@ inline __m512 finite(const float* x, __mmask16 real) {
   return _mm512_max_ps(_mm512_mask_mov_ps(row, odd, low), low);
 }
 
-// Powers of one token's logits less the greatest of them, so that they cannot overflow; rows are scaled anyway. Returns
-// whether some logit is no number or positive infinity.
-bool exponentials(const float* x, int64_t experts, float* mass) {
+// Of eight logits, less the greatest of the token's so that nothing overflows; rows are scaled anyway. Not in one
+// operation with the factor: of logits near the lowest, what that leaves unrounded is larger than all of them.
+inline __m256 powers(__m256 row, __m512d top) {
+  const __m512d below = _mm512_sub_pd(_mm512_cvtps_pd(row), top);
+  return _mm512_cvtpd_ps(power_of_2(_mm512_mul_pd(below, _mm512_set1_pd(M_LOG2E))));
+}
+
+// Of one token's logits. Returns whether some logit is no number or positive infinity.
+bool odd_exponentials(const float* x, int64_t experts, float* mass) {
   __m512 most = _mm512_set1_ps(lowest());
   __mmask16 odd = 0;
   for (int64_t e = 0; e < experts; e += 16) {
     const __mmask16 real = lanes(experts - e);
-    __builtin_prefetch(x + 8 * experts + e);
     most = _mm512_max_ps(most, finite(x + e, real));
     odd |= _mm512_mask_fpclass_ps_mask(real, _mm512_maskz_loadu_ps(real, x + e), ODD);
   }
-  const __m512d log2e = _mm512_set1_pd(M_LOG2E), top = _mm512_set1_pd(M_LOG2E * double(_mm512_reduce_max_ps(most)));
+  const __m512d top = _mm512_set1_pd(_mm512_reduce_max_ps(most));
   for (int64_t e = 0; e < experts; e += 16) {
     const __mmask16 real = lanes(experts - e);
     const __m512 row = finite(x + e, real);
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(row)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(row, 1));
-    const __m256 first = _mm512_cvtpd_ps(power_of_2(_mm512_fmsub_pd(low, log2e, top)));
-    const __m256 last = _mm512_cvtpd_ps(power_of_2(_mm512_fmsub_pd(high, log2e, top)));
-    _mm512_mask_storeu_ps(mass + e, real, _mm512_insertf32x8(_mm512_castps256_ps512(first), last, 1));
+    const __m256 low = powers(_mm512_castps512_ps256(row), top), high = powers(_mm512_extractf32x8_ps(row, 1), top);
+    _mm512_mask_storeu_ps(mass + e, real, _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
   }
   return odd;
+}
+
+// The same, fast where all logits are finite and fill whole vectors.
+bool exponentials(const float* x, int64_t experts, float* mass) {
+  constexpr int NOT_FINITE = ODD | 0x10;
+  if (experts % 16) return odd_exponentials(x, experts, mass);
+  __m512 most = _mm512_loadu_ps(x);
+  __mmask16 odd = 0;
+  for (int64_t e = 0; e < experts; e += 16) {
+    __builtin_prefetch(x + 16 * experts + e);
+    const __m512 row = _mm512_loadu_ps(x + e);
+    odd |= _mm512_fpclass_ps_mask(row, NOT_FINITE) | _mm512_cmp_ps_mask(row, _mm512_set1_ps(lowest()), _CMP_LT_OQ);
+    most = _mm512_max_ps(most, row);
+  }
+  if (odd) return odd_exponentials(x, experts, mass);
+  const __m512d top = _mm512_set1_pd(_mm512_reduce_max_ps(most));
+  for (int64_t e = 0; e < experts; e += 8) _mm256_storeu_ps(mass + e, powers(_mm256_loadu_ps(x + e), top));
+  return false;
 }
 
 // Sixteen entries of a row, scaled: infinite where the logit is no number or positive infinity, of which there are none

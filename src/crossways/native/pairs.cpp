@@ -38,12 +38,34 @@ void count_word(const Allowed& bits, int64_t word, int64_t begin, int64_t end, i
   }
 }
 
+// The same of one part, for every word.
+void count_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* count) {
+  std::fill_n(count, bits.experts, 0);
+  for (int64_t w = 0; w < bits.width; w++) count_word(bits, w, begin, end, count + 64 * w);
+}
+
+// Asks for what a token's pairs weigh. Where rules choose by something else nothing of it was read yet, and one row
+// after the other would wait.
+void expect(const Allowed& bits, const float* matrix, int64_t t) {
+  for (int64_t w = 0; w < bits.width; w++) {
+    const float* row = matrix + t * bits.experts + 64 * w;
+    for (uint64_t left = bits.of(t)[w]; left;) {
+      const int line = __builtin_ctzll(left) & ~15;
+      __builtin_prefetch(row + line);
+      left &= ~(uint64_t(0xffff) << line);
+    }
+  }
+}
+
 // Tokens of the pairs of a part, and their weights where there is a matrix of these. Every expert's pairs are written
 // in a place of their own, more places than the processor foresees by itself: after experts nothing of them is cached.
 template <bool weigh>
 void write_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* to, const float* matrix, int64_t* token,
                 float* weight) {
-  for (int64_t t = begin; t < end; t++)
+  constexpr int64_t AHEAD = 16;  // tokens
+  for (int64_t t = begin; weigh && t < std::min(begin + AHEAD, end); t++) expect(bits, matrix, t);
+  for (int64_t t = begin; t < end; t++) {
+    if (weigh && t + AHEAD < end) expect(bits, matrix, t + AHEAD);
     for (int64_t w = 0; w < bits.width; w++)
       for (uint64_t left = bits.of(t)[w]; left; left &= left - 1) {
         const int64_t e = 64 * w + __builtin_ctzll(left), at = to[e]++;
@@ -52,6 +74,21 @@ void write_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* to, co
         token[at] = t;
         if (weigh) weight[at] = matrix[t * bits.experts + e];
       }
+  }
+}
+
+// Rows of a matrix: zero but for a part's pairs, whose values lie as `write_part` writes them.
+void spread_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* from, const float* value, float* matrix) {
+  for (int64_t t = begin; t < end; t++) {
+    float* row = matrix + t * bits.experts;
+    std::memset(row, 0, 4 * bits.experts);
+    for (int64_t w = 0; w < bits.width; w++)
+      for (uint64_t left = bits.of(t)[w]; left; left &= left - 1) {
+        const int64_t e = 64 * w + __builtin_ctzll(left), at = from[e]++;
+        __builtin_prefetch(value + at + 32);
+        row[e] = value[at];
+      }
+  }
 }
 
 // A stable counting sort by expert; put(i, at) is told that pair i comes in place `at`. Experts from `experts` on are
@@ -79,36 +116,54 @@ int64_t sort(const int64_t* expert, int64_t pairs, int64_t experts, bool strict,
 
 extern "C" {
 
-// First half of the pairs of bits: offsets[e], where each expert's begin, and next (N, E), for the second half. Returns
-// how many there are.
-int64_t crossways_pair_offsets(const uint64_t* words, int64_t tokens, int64_t experts, int64_t* offsets, int64_t* next,
-                            int64_t parts) {
+// How many pairs there are.
+int64_t crossways_count_of_bits(const uint64_t* words, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; i++) sum += __builtin_popcountll(words[i]);
+  return sum;
+}
+
+// Tokens and experts of the pairs, by expert and then by token, their entries of a matrix (T, E), which may be null,
+// and where each expert's begin. Returns how many there are; if there is no `room` for them, none are written.
+int64_t crossways_pairs(const uint64_t* words, const float* matrix, int64_t tokens, int64_t experts, int64_t room,
+                        int64_t* token, int64_t* expert, float* weight, int64_t* offsets, int64_t parts) {
   const Allowed bits(words, experts);
-#pragma omp parallel for num_threads(parts)
-  for (int64_t part = 0; part < parts; part++) {
-    int64_t* count = next + part * experts;
-    std::fill_n(count, experts, 0);
-    for (int64_t w = 0; w < bits.width; w++)
-      count_word(bits, w, tokens * part / parts, tokens * (part + 1) / parts, count + 64 * w);
+  std::vector<int64_t> next(parts * experts);
+#pragma omp parallel num_threads(parts)
+  {
+#pragma omp for
+    for (int64_t part = 0; part < parts; part++)
+      count_part(bits, tokens * part / parts, tokens * (part + 1) / parts, &next[part * experts]);
+#pragma omp single
+    begin_of_parts(next.data(), parts, experts, offsets);
+    if (offsets[experts] <= room) {
+#pragma omp for nowait
+      for (int64_t part = 0; part < parts; part++)
+        (matrix ? write_part<true> : write_part<false>)(bits, tokens * part / parts, tokens * (part + 1) / parts,
+                                                        &next[part * experts], matrix, token, weight);
+#pragma omp for
+      for (int64_t e = 0; e < experts; e++) std::fill(expert + offsets[e], expert + offsets[e + 1], e);
+    }
   }
-  begin_of_parts(next, parts, experts, offsets);
   return offsets[experts];
 }
 
-// Second half: tokens and experts of the pairs, by expert and then by token, and their entries of a matrix (T, E),
-// which may be null.
-void crossways_pairs(const uint64_t* words, const float* matrix, int64_t tokens, int64_t experts,
-                     const int64_t* offsets, int64_t* next, int64_t parts, int64_t* token, int64_t* expert,
-                     float* weight) {
+// The other way round: matrix (T, E) = 0 but for these pairs, whose values lie in that order. Row by row, so that each
+// is in the cache while its pairs are written.
+void crossways_spread(const uint64_t* words, const float* value, int64_t tokens, int64_t experts, float* matrix,
+                      int64_t parts) {
   const Allowed bits(words, experts);
+  std::vector<int64_t> next(parts * experts), offsets(experts + 1);
 #pragma omp parallel num_threads(parts)
   {
-#pragma omp for nowait
-    for (int64_t part = 0; part < parts; part++)
-      (matrix ? write_part<true> : write_part<false>)(bits, tokens * part / parts, tokens * (part + 1) / parts,
-                                                      next + part * experts, matrix, token, weight);
 #pragma omp for
-    for (int64_t e = 0; e < experts; e++) std::fill(expert + offsets[e], expert + offsets[e + 1], e);
+    for (int64_t part = 0; part < parts; part++)
+      count_part(bits, tokens * part / parts, tokens * (part + 1) / parts, &next[part * experts]);
+#pragma omp single
+    begin_of_parts(next.data(), parts, experts, offsets.data());
+#pragma omp for
+    for (int64_t part = 0; part < parts; part++)
+      spread_part(bits, tokens * part / parts, tokens * (part + 1) / parts, &next[part * experts], value, matrix);
   }
 }
 

@@ -113,34 +113,56 @@ def sort_pairs(expert_P: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
 
 def weights(matrix_TE: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
     """matrix_TE[token_P, expert_P], where no two pairs are the same. Differentiable, any number of times."""
-    return taken(matrix_TE, token_P, expert_P, None)
-
-
-def taken(matrix_TE: Tensor, token_P: Tensor, expert_P: Tensor, value_P: Tensor | None) -> Tensor:
-    """The same where the values may be known already, and their gradients alone are asked for."""
     if not fits(matrix_TE) or matrix_TE.dtype != torch.float32:
         return matrix_TE[token_P, expert_P]
-    found_P: Tensor = _Take.apply(matrix_TE, token_P, expert_P, value_P)
+    found_P: Tensor = _Take.apply(matrix_TE, token_P, expert_P)
     return found_P
+
+
+def taken(matrix: Tensor, value_P: Tensor, token_P: Tensor, expert_P: Tensor, word_TW: Tensor) -> Tensor:
+    """The same where the values, float32, are known already, and the pairs as bits as well: their gradients alone are
+    asked for. The matrix may be (..., E)."""
+    found_P: Tensor = _Taken.apply(matrix, (value_P, token_P, expert_P, word_TW))
+    return found_P
+
+
+class _Taken(torch.autograd.Function):
+    """Values that were taken from a matrix. In a tuple, so that they are no inputs, of which views would be made."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, found: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        ctx.save_for_backward(*found[1:])
+        ctx.shape = matrix.shape
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, None]:
+        token_P, expert_P, word_TW = ctx.saved_tensors
+        tokens, experts = len(word_TW), ctx.shape[-1]
+        if torch.is_grad_enabled():  # somebody differentiates this once more
+            grad_TE: Tensor = _Put.apply(grad_P, token_P, expert_P, tokens, experts)
+            return grad_TE.view(ctx.shape), None
+        grad_P, out = grad_P.contiguous(), torch.empty(ctx.shape)
+        sizes = c_int64(tokens), c_int64(experts)
+        library().crossways_spread(_at(word_TW), _at(grad_P), *sizes, _at(out), _threads())
+        return out, None
 
 
 class _Take(torch.autograd.Function):
     """The pairs' entries of a matrix. Its gradient is a matrix, written once; that of indexing is added up."""
 
     @staticmethod
-    def forward(ctx: Any, matrix_TE: Tensor, token_P: Tensor, expert_P: Tensor, value_P: Tensor | None) -> Tensor:
+    def forward(ctx: Any, matrix_TE: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
         ctx.save_for_backward(token_P, expert_P)
         ctx.shape = matrix_TE.shape
-        if value_P is not None:
-            return value_P.view_as(value_P)
         matrix_TE, out_P = matrix_TE.contiguous(), torch.empty(len(token_P))
         sizes = c_int64(len(token_P)), c_int64(matrix_TE.shape[1])
         library().crossways_take(_at(matrix_TE), _at(token_P), _at(expert_P), *sizes, _at(out_P), _threads())
         return out_P
 
     @staticmethod
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Put.apply(grad_P, *ctx.saved_tensors, *ctx.shape), None, None, None
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, None, None]:
+        return _Put.apply(grad_P, *ctx.saved_tensors, *ctx.shape), None, None
 
 
 class _Put(torch.autograd.Function):
@@ -156,4 +178,4 @@ class _Put(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _Take.apply(grad_TE, *ctx.saved_tensors, None), None, None, None, None
+        return _Take.apply(grad_TE, *ctx.saved_tensors), None, None, None, None

@@ -1,100 +1,15 @@
 // Sinkhorn's iteration: scales of rows and columns at which every token supplies and every expert demands the same; and
 // each token's greatest entries at these scales.
 //
-// All sums are in double, and so are the exponentials before they are rounded (`exponentials.h`), so that the column
-// scales, rounded to float at the end, are those of the plain path whatever the order of summation.
+// The exponentials are in `exponentials.h`, the iteration in `column_scales.h`.
 //
-// Legend: T tokens, E experts, G groups of N tokens, C chunks of a group's tokens.
-#include <cmath>
+// Legend: T tokens, E experts, G groups of N tokens.
 #include <memory>
 
-#include "exponentials.h"
+#include "column_scales.h"
 #include "sixteen.h"
 
 namespace {
-
-constexpr double TINY = 1e-8;
-// Tokens whose sums are added up on their own: the result is then the same with any number of threads.
-constexpr int64_t CHUNK = 512;
-
-// With `whole`, E is a multiple of 8, and masks that are known cost nothing.
-template <bool whole>
-inline __mmask8 lanes_of_8(int64_t left) {
-  return whole || left >= 8 ? 0xff : __mmask8((1u << left) - 1);
-}
-
-template <bool whole>
-struct Problem {
-  const Rows& from;
-  const float* mass;  // (N, E)
-  int64_t n, experts;
-  double rows;  // how many tokens take part
-
-  __m512d at(int64_t t, int64_t e) const {
-    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes_of_8<whole>(experts - e), mass + t * experts + e));
-  }
-
-  // Adds what `count` tokens, 4 at most, give to the columns when their rows are scaled for these column scales.
-  template <int count>
-  void add(int64_t t, const double* scale, double* sums) const {
-    __m512d dot[count], row[count];
-    std::fill_n(dot, count, _mm512_setzero_pd());
-    for (int64_t e = 0; e < experts; e += 8)
-      for (int i = 0; i < count; i++) dot[i] = _mm512_fmadd_pd(at(t + i, e), _mm512_loadu_pd(scale + e), dot[i]);
-    for (int i = 0; i < count; i++) row[i] = _mm512_set1_pd(1 / (rows * (_mm512_reduce_add_pd(dot[i]) + TINY)));
-    for (int64_t e = 0; e < experts; e += 8) {
-      __m512d sum = _mm512_loadu_pd(sums + e);
-      for (int i = 0; i < count; i++) sum = _mm512_fmadd_pd(at(t + i, e), row[i], sum);
-      _mm512_storeu_pd(sums + e, sum);
-    }
-  }
-
-  // The `first` time, tokens are filled on the way.
-  void add_chunk(int64_t chunk, bool first, const double* scale, double* sums) const {
-    int64_t t = chunk * CHUNK;
-    const int64_t end = std::min(n, t + CHUNK);
-    for (; t + 4 <= end; t += 4) {
-      for (int64_t i = t; first && i < t + 4; i++) from.fill(i);
-      add<4>(t, scale, sums);
-    }
-    for (; t < end; t++) {
-      if (first) from.fill(t);
-      add<1>(t, scale, sums);
-    }
-  }
-
-  // Every chunk's sums (C, wide).
-  void add_all(bool first, const double* scale, double* sums, int64_t wide, int64_t threads) const {
-    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
-    if (threads == 1) {
-      for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, first, scale, sums + chunk * wide);
-      return;
-    }
-#pragma omp parallel for num_threads(threads)
-    for (int64_t chunk = 0; chunk < chunks; chunk++) add_chunk(chunk, first, scale, sums + chunk * wide);
-  }
-};
-
-// The columns' scales, (E in whole vectors).
-template <bool whole>
-std::vector<double> column_scales(const Problem<whole>& problem, int64_t most, double tolerance, int64_t threads) {
-  const int64_t experts = problem.experts, wide = (experts + 7) / 8 * 8, chunks = (problem.n + CHUNK - 1) / CHUNK;
-  std::vector<double> scale(wide, 1.0), sums(chunks * wide);
-  for (int64_t round = 0; round < most; round++) {
-    std::fill(sums.begin(), sums.end(), 0);
-    problem.add_all(round == 0, scale.data(), sums.data(), wide, threads);
-    double change = 0;
-    for (int64_t e = 0; e < experts; e++) {
-      double sum = 0;
-      for (int64_t chunk = 0; chunk < chunks; chunk++) sum += sums[chunk * wide + e];
-      const double fresh = 1 / (double(experts) * (sum + TINY));
-      change += std::abs(fresh - scale[e]);
-      scale[e] = fresh;
-    }
-    if (change / double(experts) < tolerance) break;
-  }
-  return scale;
-}
 
 // One group, by so many threads.
 struct Group {
@@ -129,17 +44,26 @@ struct Group {
 
   // Bits of each token's k greatest; its first token is token `begin` of all.
   void choose(const std::vector<float>& by, const Allowed& may, const Bits& bits, int64_t begin, int64_t k) const {
+    // No scaled entry is negative, so that its bits are its key.
+    auto key_of = [x = logits(0), mass = rows.mass, experts = rows.experts, to = by.data()](
+                      int64_t t, int64_t piece, __mmask16 real) {
+      const float* own = x ? x + t * experts : nullptr;
+      return _mm512_castps_si512(scaled(own, mass + t * experts, to, 16 * piece, real));
+    };
 #pragma omp parallel num_threads(threads)
     {
       Sixteen found(rows.experts, k);
 #pragma omp for schedule(static)
       for (int64_t first = 0; first < rows.n; first += 16) {
         const int64_t count = std::min<int64_t>(16, rows.n - first);
-        found.load(may, begin + first, count, [&](int64_t i, int64_t piece, __mmask16 real) {
-          // No scaled entry is negative, so that its bits are its key.
-          const float* mass = rows.mass + (first + i) * rows.experts;
-          return _mm512_castps_si512(scaled(logits(first + i), mass, by.data(), 16 * piece, real));
-        });
+        if (k == 1) {
+          for (int64_t t = first; t < first + count; t++)
+            found.put_greatest(bits, may, begin + t,
+                               [&](int64_t piece, __mmask16 real) { return key_of(t, piece, real); });
+          continue;
+        }
+        found.load(may, begin + first, count,
+                   [&](int64_t i, int64_t piece, __mmask16 real) { return key_of(first + i, piece, real); });
         found.rank(k);
         put_open(bits, found, begin + first, count, k);
       }

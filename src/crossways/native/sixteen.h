@@ -57,6 +57,35 @@ struct Sixteen {
 
   void rank(int64_t k) { rank(keys.data(), experts, k); }
 
+  // Of one token alone, experts as lanes: marks its greatest that may be chosen, of equals the first. For k = 1 this is
+  // less work than turning rows into columns.
+  template <class KeyOf>
+  void put_greatest(const Bits& bits, const Allowed& may, int64_t token, const KeyOf& key_of) {
+    may.words || experts % 16 ? put_greatest<false>(bits, may, token, key_of)
+                              : put_greatest<true>(bits, may, token, key_of);
+  }
+
+  // With `whole`, all sixteens of experts exist and are allowed.
+  template <bool whole, class KeyOf>
+  void put_greatest(const Bits& bits, const Allowed& may, int64_t token, const KeyOf& key_of) {
+    const __m512i closed = _mm512_set1_epi32(CLOSED);
+    __m512i most = closed;
+    for (int64_t piece = 0; 16 * piece < experts; piece++) {
+      keys[piece] = key_of(piece, whole ? 0xffff : may.real(piece));
+      if (!whole) keys[piece] = _mm512_mask_mov_epi32(closed, may.open(token, piece), keys[piece]);
+      most = _mm512_max_epi32(most, keys[piece]);
+    }
+    const int32_t top = _mm512_reduce_max_epi32(most);
+    bool done = top == CLOSED;  // nobody may be chosen
+    for (int64_t w = 0; w < bits.width; w++) {
+      uint64_t equal = 0;
+      for (int64_t piece = 4 * w; piece < 4 * w + 4 && 16 * piece < experts; piece++)
+        equal |= uint64_t(_mm512_cmpeq_epi32_mask(keys[piece], _mm512_set1_epi32(top))) << 16 * (piece % 4);
+      bits.of(token)[w] = done ? 0 : equal & -equal;
+      done |= equal != 0;
+    }
+  }
+
   // Lanes whose j-th choice may be chosen.
   __mmask16 open(int64_t j) const { return _mm512_cmpgt_epi32_mask(best[j], _mm512_set1_epi32(CLOSED)); }
 

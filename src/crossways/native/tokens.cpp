@@ -35,6 +35,21 @@ void limit(Sixteen& tokens, Sixteen& scratch, std::vector<__m512i>& scores, int6
   }
 }
 
+// Bits of each token's greatest allowed expert.
+void put_greatest(const float* x, const Allowed& may, int64_t tokens, const Bits& bits, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Sixteen found(may.experts, 1);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; t++)
+      found.put_greatest(bits, may, t, [&](int64_t piece, __mmask16 real) {
+        const float* here = x + t * may.experts + 16 * piece;
+        __builtin_prefetch(here + 16 * may.experts);
+        return keys_of(_mm512_maskz_loadu_ps(real, here));
+      });
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -57,6 +72,7 @@ void crossways_top_k(const float* x, const uint64_t* allowed, int64_t tokens, in
 void crossways_bits_of_top_k(const float* x, const uint64_t* allowed, int64_t tokens, int64_t experts, int64_t k,
                              uint64_t* words, int64_t threads) {
   const Bits bits(words, experts);
+  if (k == 1) return put_greatest(x, Allowed(allowed, experts), tokens, bits, threads);
   for_sixteens(x, Allowed(allowed, experts), tokens, k, threads, [=](Sixteen& found, int64_t first, int64_t count) {
     found.rank(k);
     put_open(bits, found, first, count, k);
