@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from crossways.assignment import Assignment
-from crossways.experts.tiles import Run, plan_tiles
+from crossways.experts.tiles import Run, plan_tiles, round_up
 
 
 def with_loads(*loads):
@@ -24,8 +24,43 @@ def test_without_call_cost_rows_are_pairs():
 
 
 def test_neighbours_join_while_padding_is_cheaper_than_a_call():
-    plan = plan_tiles(with_loads(10, 9, 11, 30, 31), tile_rows=1000, call_rows=4)
-    assert runs(plan) == [[(0, 3, 11, True), (3, 2, 31, True)]]
+    plan = plan_tiles(with_loads(10, 9, 11, 10, 31, 30), tile_rows=1000, call_rows=4)
+    assert runs(plan) == [[(0, 4, 11, True), (4, 2, 31, True)]]
+
+
+def test_a_tile_of_padding_is_not_made_of_idle_experts():
+    plan = plan_tiles(with_loads(0, 0, 0, 0, 5, 0, 6, 0), tile_rows=1000, call_rows=3)
+    assert runs(plan) == [[(4, 1, 5, True), (6, 1, 6, True)]]
+    assert plan.idle_experts == (0, 1, 2, 3, 5, 7)
+
+
+def test_batches_hold_a_power_of_two_experts_but_for_the_last_and_fit_a_tile():
+    plan = plan_tiles(with_loads(*[5] * 23), tile_rows=40, call_rows=100)
+    assert [[run[1] for run in tile] for tile in runs(plan)] == [[8], [8], [7]]
+
+
+def test_loads_are_rounded_to_an_eighth_of_a_power_of_two():
+    loads = (0, 1, 16, 17, 128, 129, 257, 1000, 1025)
+    assert [round_up(rows, 16) for rows in loads] == [0, 16, 16, 32, 128, 144, 288, 1024, 1152]
+    assert [round_up(rows, 1) for rows in (0, 7, 1025)] == [0, 7, 1025]
+
+
+def test_padding_alone_is_cleared():
+    plan = plan_tiles(with_loads(3, 9, 6), 16, row_multiple=4)
+    for index, tile in enumerate(plan.tiles):
+        rows = torch.full((tile.stop - tile.start, 2), torch.nan)
+        plan.clear(index, rows)
+        used_R = plan.spread(torch.ones(18))[tile.start : tile.stop, 0] > 0
+        assert torch.equal(rows.isnan().all(1), used_R)
+
+
+@pytest.mark.parametrize("row_multiple", [1, 4])
+def test_rows_by_token(row_multiple):
+    assignment = with_loads(3, 0, 7, 5)
+    plan = plan_tiles(assignment, 16, row_multiple)
+    row_P, first_T = plan.by_token(8)
+    assert torch.equal(plan.token_R[row_P], assignment.token_P.sort().values)
+    assert first_T.tolist() == [0, 3, 6, 9, 11, 13, 14, 15]
 
 
 def test_a_hot_expert_is_cut_and_its_later_pieces_are_marked():

@@ -1,10 +1,11 @@
 """The CPU backend that needs no compiler: walk the experts over tiles of rows, in buffers that stay in the cache.
 
 What costs time on a CPU besides the matrix products is fresh memory (page faults), elementwise passes over data that
-has left the cache, and, in bfloat16, matrix shapes never seen before (oneDNN compiles a kernel for each). So: no
-tensor of P rows is ever made; every product writes into a buffer reused by the next tile; the routing weight is
-applied at width F, not D; gradients of all experts go straight into one (E, ...) tensor; bfloat16 rows are padded to
-a multiple of 32.
+has left the cache, and, in bfloat16, matrix shapes never seen before (oneDNN compiles a kernel for each) and products
+of one expert, which two threads share badly. So: every product writes into
+a buffer reused by the next tile; rows are added up to tokens by `row_sums`; the routing weight is applied at width F,
+not D; gradients of all experts go straight into one (E, ...) tensor; experts of similar load are multiplied in one
+call (`tiles`); bfloat16 rows are padded to few sizes; few of them go another way (`columns`).
 
 Legend: T tokens, P pairs, R rows (see `tiles`), N rows of one tile, E experts, D model width, F expert width,
 H rows of the first matrix (2F gated, F plain).
@@ -19,12 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crossways.assignment import Assignment
+from crossways.experts import columns
 from crossways.experts.activation import Activation, BackwardOut
+from crossways.experts.row_sums import RowSums
 from crossways.experts.tiles import Tile, TilePlan, plan_tiles
 
-_TILE_BYTES = 8 * 2**20
+_TILE_BYTES = 16 * 2**20
 _MIN_TILE_ROWS = 512
-_CALL_MULTIPLIES = {False: 8_000_000, True: 60_000_000}
+_CALL_MULTIPLIES = {False: 20_000_000, True: 250_000_000}
 
 
 def loop(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation) -> Tensor:
@@ -34,8 +37,7 @@ def loop(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor,
     )
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    y_TD = _Loop.apply(*inputs, plan, activation, save)
-    return y_TD.to(x_TD.dtype)
+    return _Loop.apply(*inputs, plan, activation, save)
 
 
 def _tile_rows(up_EHD: Tensor, down_EDF: Tensor) -> int:
@@ -54,12 +56,6 @@ def _row_multiple(dtype: torch.dtype) -> int:
     return 32 if dtype in (torch.bfloat16, torch.float16) else 1
 
 
-def _accumulator(x_TD: Tensor) -> Tensor:
-    """Zeros in which rows are summed: at least float32, so that k roundings do not add up."""
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    return torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
-
-
 class _Scratch:
     """Named row buffers, allocated once per call and cut to each tile's size."""
 
@@ -76,18 +72,12 @@ class _Scratch:
         return self._buffers[name][:count]
 
 
-def _gather(source_TD: Tensor, plan: TilePlan, tile: Tile, scratch: _Scratch, name: str) -> Tensor:
+def _gather(source_TD: Tensor, plan: TilePlan, index: int, scratch: _Scratch, name: str) -> Tensor:
+    tile = plan.tiles[index]
     token_N = plan.token_R[tile.start : tile.stop]
     rows_ND = torch.index_select(source_TD, 0, token_N, out=scratch.rows(name, len(token_N), source_TD.shape[1]))
-    plan.clear(tile, rows_ND)
+    plan.clear(index, rows_ND)
     return rows_ND
-
-
-def _scatter_add(sum_TD: Tensor, token_N: Tensor, rows_ND: Tensor, scratch: _Scratch) -> None:
-    if rows_ND.dtype != sum_TD.dtype:
-        wide_ND = scratch.rows("wide", len(token_N), rows_ND.shape[1], sum_TD.dtype)
-        rows_ND = wide_ND.copy_(rows_ND)
-    sum_TD.index_add_(0, token_N, rows_ND)
 
 
 class _Loop(torch.autograd.Function):
@@ -106,10 +96,14 @@ class _Loop(torch.autograd.Function):
         width = down_EDF.shape[2]
         weight_R1 = plan.spread(weight_P.to(x_TD.dtype))
         up_EDH, down_EFD = up_EHD.transpose(1, 2), down_EDF.transpose(1, 2)
-        scratch, y_TD = _Scratch(plan, x_TD), _accumulator(x_TD)
-        for tile in plan.tiles:
-            token_N, count = plan.token_R[tile.start : tile.stop], tile.stop - tile.start
-            x_ND = _gather(x_TD, plan, tile, scratch, "x")
+        scratch, sums = _Scratch(plan, x_TD), RowSums(plan, x_TD)
+        for index, tile in enumerate(plan.tiles):
+            count = tile.stop - tile.start
+            x_ND = _gather(x_TD, plan, index, scratch, "x")
+            if not save and columns.pay(tile, x_TD.dtype):
+                weight_N1 = weight_R1[tile.start : tile.stop]
+                columns.forward(tile, x_ND, weight_N1, up_EHD, down_EDF, activation, sums.rows(tile))
+                continue
             up_NH = scratch.rows("up", count, up_EHD.shape[1])
             if save:
                 # One piece per tile: the allocator recycles these; one large block would be fresh pages.
@@ -119,12 +113,10 @@ class _Loop(torch.autograd.Function):
             hidden_NF = scratch.rows("hidden", count, width)
             activation.apply_into(up_NH, hidden_NF)
             hidden_NF.mul_(weight_R1[tile.start : tile.stop])
-            # The gathered inputs are no longer needed: their buffer takes the outputs.
-            _mm_runs(tile, hidden_NF, down_EFD, x_ND)
-            _scatter_add(y_TD, token_N, x_ND, scratch)
+            _mm_runs(tile, hidden_NF, down_EFD, sums.rows(tile))
         ctx.save_for_backward(x_TD, weight_P, up_EHD, down_EDF, *saved)
         ctx.plan, ctx.activation = plan, activation
-        return y_TD
+        return sums.total()
 
     @staticmethod
     @once_differentiable
@@ -136,15 +128,15 @@ class _Loop(torch.autograd.Function):
         width = down_EDF.shape[2]
         grad_y_TD = grads[0].to(x_TD.dtype).contiguous()
         weight_R1 = plan.spread(weight_P.to(x_TD.dtype))
-        grad_x_TD = _accumulator(x_TD) if need_x else None
+        grad_x = RowSums(plan, x_TD) if need_x else None
         grad_weight_R = x_TD.new_empty(len(plan.token_R)) if need_weight else None
         grad_up_EHD = _empty_grad(up_EHD, plan) if need_up else None
         grad_down_EDF = _empty_grad(down_EDF, plan) if need_down else None
         scratch = _Scratch(plan, x_TD)
-        for tile, up_NH in zip(plan.tiles, saved, strict=True):
+        for index, (tile, up_NH) in enumerate(zip(plan.tiles, saved, strict=True)):
             rows = slice(tile.start, tile.stop)
-            token_N, count = plan.token_R[rows], tile.stop - tile.start
-            grad_y_ND = _gather(grad_y_TD, plan, tile, scratch, "grad_y")
+            count = tile.stop - tile.start
+            grad_y_ND = _gather(grad_y_TD, plan, index, scratch, "grad_y")
             grad_hidden_NF = scratch.rows("grad_hidden", count, width)
             _mm_runs(tile, grad_y_ND, down_EDF, grad_hidden_NF)
             out = BackwardOut(
@@ -157,13 +149,12 @@ class _Loop(torch.autograd.Function):
             if grad_down_EDF is not None:
                 _mm_weight_grads(tile, grad_y_ND, out.hidden_PF, grad_down_EDF)
             if grad_up_EHD is not None:
-                x_ND = _gather(x_TD, plan, tile, scratch, "x")
+                x_ND = _gather(x_TD, plan, index, scratch, "x")
                 _mm_weight_grads(tile, out.grad_up_PH, x_ND, grad_up_EHD)
-            if grad_x_TD is not None:
-                _mm_runs(tile, out.grad_up_PH, up_EHD, grad_y_ND)
-                _scatter_add(grad_x_TD, token_N, grad_y_ND, scratch)
+            if grad_x is not None:
+                _mm_runs(tile, out.grad_up_PH, up_EHD, grad_x.rows(tile))
         return (
-            None if grad_x_TD is None else grad_x_TD.to(x_TD.dtype),
+            None if grad_x is None else grad_x.total(),
             None if grad_weight_R is None else plan.collect(grad_weight_R).to(weight_P.dtype),
             grad_up_EHD,
             grad_down_EDF,

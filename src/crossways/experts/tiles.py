@@ -1,6 +1,6 @@
 """The order in which the loop backend walks the pairs: tiles of rows that fit the cache, cut into expert segments.
 
-Legend: T tokens, P pairs, R rows (pairs plus padding rows), E experts.
+Legend: T tokens, P pairs, R rows (pairs plus padding rows), N rows of one tile, E experts, D model width.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class TilePlan:
     """Rows of the largest tile."""
     idle_experts: tuple[int, ...]
     """Experts without a row, whose gradients are zero."""
-    padding_R: Tensor | None = None
-    """Boolean, true for padding rows; None when rows are pairs."""
+    padding: tuple[Tensor, ...] = ()
+    """Which rows of each tile are padding, counted from the tile's first; empty when rows are pairs."""
 
-    def clear(self, tile: Tile, rows_ND: Tensor) -> None:
-        """Zero the padding among a tile's rows: times a weight of zero, a token that is NaN would still be NaN, and
-        reach experts that it did not choose."""
-        if self.padding_R is not None:
-            rows_ND.masked_fill_(self.padding_R[tile.start : tile.stop, None], 0)
+    def clear(self, index: int, rows_ND: Tensor) -> None:
+        """Zero the padding among the rows of tile `index`: times a weight of zero, a token that is NaN would still be
+        NaN, and reach experts that it did not choose."""
+        if self.padding:
+            rows_ND.index_fill_(0, self.padding[index], 0)  # a mask would be looked at for every element
 
     def spread(self, weight_P: Tensor) -> Tensor:
         """Routing weights (P,) as a column (R, 1); padding rows weigh nothing, so they contribute nothing."""
@@ -65,9 +65,25 @@ class TilePlan:
             return weight_P[:, None]
         return weight_P.new_zeros(len(self.token_R)).index_copy_(0, self.row_P, weight_P)[:, None]
 
+    def by_token(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The rows (P,) of all pairs, token by token, and where each token's begin (T,)."""
+        token_P = self.collect(self.token_R)
+        key_P = token_P.to(torch.int16) if tokens < 2**15 else token_P  # narrow keys sort several times faster
+        sorted_P, order_P = torch.sort(key_P, stable=True)
+        first_T = torch.searchsorted(sorted_P, torch.arange(tokens, dtype=sorted_P.dtype))
+        return order_P if self.row_P is None else self.row_P[order_P], first_T
+
     def collect(self, value_R: Tensor) -> Tensor:
         """The rows' values (R,) of the real pairs (P,)."""
         return value_R if self.row_P is None else value_R[self.row_P]
+
+
+def round_up(rows: int, multiple: int) -> int:
+    """To a multiple of `multiple`; of more rows to coarser ones, an eighth of a power of two, so that
+    loads which differ from step to step come to few different shapes. Without a multiple (1), nothing is rounded."""
+    if multiple > 1:
+        multiple = max(multiple, 1 << max((rows - 1).bit_length() - 4, 0))
+    return -(-rows // multiple) * multiple
 
 
 def plan_tiles(assignment: Assignment, tile_rows: int, row_multiple: int = 1, call_rows: int = 0) -> TilePlan:
@@ -79,53 +95,65 @@ def plan_tiles(assignment: Assignment, tile_rows: int, row_multiple: int = 1, ca
     Args:
         assignment: the pairs.
         tile_rows: most rows of a tile.
-        row_multiple: each expert's rows are rounded up to it, to keep the number of distinct matrix shapes small.
+        row_multiple: each expert's rows are rounded up (`round_up`), to keep the number of matrix shapes small.
         call_rows: a matrix product costs as much as this many rows before it starts. Neighbouring experts join one
             batched product when the padding that takes (to the largest load among them) costs less.
     """
     offsets = assignment.offsets_E1.tolist()
     loads = [stop - start for start, stop in pairwise(offsets)]
-    runs = _cut([-(-load // row_multiple) * row_multiple for load in loads], tile_rows, call_rows)
+    cutting = _Cutting([round_up(load, row_multiple) for load in loads], tile_rows, call_rows)
+    runs = cutting.halves(0, len(loads))[1]
     rows = [0] * len(loads)
     for run in runs:
         for expert in range(run.expert, run.expert + run.experts):
             rows[expert] += run.rows
-    token_R, row_P, padding_R = assignment.token_P, None, None
+    tiles = _group(runs, tile_rows)
+    token_R, row_P = assignment.token_P, None
+    padding: tuple[Tensor, ...] = ()
     if rows != loads:
         token_R, row_P = _pad(assignment, torch.tensor(rows))
-        padding_R = torch.ones(len(token_R), dtype=torch.bool).index_fill_(0, row_P, False)
-    tiles = _group(runs, tile_rows)
+        padding = _padding(row_P, tiles)
     return TilePlan(
         tiles=tiles,
         token_R=token_R,
         row_P=row_P,
         max_rows=max((tile.stop - tile.start for tile in tiles), default=0),
         idle_experts=tuple(expert for expert, count in enumerate(rows) if count == 0),
-        padding_R=padding_R,
+        padding=padding,
     )
 
 
-def _cut(loads: list[int], tile_rows: int, call_rows: int) -> list[Run]:
-    """Greedily join neighbours into runs while padding costs less than another call."""
-    runs: list[Run] = []
-    first, count, rows = 0, 0, 0
-    for expert, load in enumerate(loads):
-        widest = max(rows, load)
-        joined, apart = (count + 1) * widest, count * rows + load + call_rows
-        if count and joined <= min(apart, tile_rows):
-            count, rows = count + 1, widest
-            continue
-        if count:
-            runs.append(Run(first, count, rows))
-        count = 0
-        if load > tile_rows:
-            pieces = range(0, load, tile_rows)
-            runs += [Run(expert, 1, min(tile_rows, load - done), first=done == 0) for done in pieces]
-        elif load:
-            first, count, rows = expert, 1, load
-    if count:
-        runs.append(Run(first, count, rows))
-    return runs
+@dataclass(frozen=True)
+class _Cutting:
+    """How the experts' loads (rows, rounded up already) are cut into runs."""
+
+    loads: list[int]
+    tile_rows: int
+    call_rows: int
+
+    def halves(self, first: int, count: int) -> tuple[int, list[Run]]:
+        """Cost in rows, and runs, of `count` experts from `first` on: one product, or those of either half.
+
+        Runs end up with 1, 2, 4, 8 ... experts but at the end of the list, so that few shapes occur, which matters
+        where a shape seen for the first time has to be compiled; and work for an even number of threads is even.
+        """
+        widest = max(self.loads[first : first + count])
+        if not widest:
+            return 0, []
+        if count == 1:
+            return self.call_rows + widest, self._pieces(first)
+        left = 1 << (count - 1).bit_length() - 1
+        cost, runs = self.halves(first, left)
+        more_cost, more_runs = self.halves(first + left, count - left)
+        joined = self.call_rows + count * widest
+        if count * widest > self.tile_rows or joined > cost + more_cost:
+            return cost + more_cost, runs + more_runs
+        return joined, [Run(first, count, widest)]
+
+    def _pieces(self, expert: int) -> list[Run]:
+        load = self.loads[expert]
+        pieces = range(0, load, self.tile_rows)
+        return [Run(expert, 1, min(self.tile_rows, load - done), first=done == 0) for done in pieces]
 
 
 def _group(runs: list[Run], tile_rows: int) -> tuple[Tile, ...]:
@@ -150,3 +178,9 @@ def _pad(assignment: Assignment, rows_E: Tensor) -> tuple[Tensor, Tensor]:
     first_E = assignment.token_P[assignment.offsets_E1[:-1].clamp(max=assignment.num_pairs - 1)]
     token_R = first_E.repeat_interleave(rows_E)
     return token_R.index_copy_(0, row_P, assignment.token_P), row_P
+
+
+def _padding(row_P: Tensor, tiles: tuple[Tile, ...]) -> tuple[Tensor, ...]:
+    """The rows of each tile that are no pair's."""
+    unused_R = torch.ones(tiles[-1].stop, dtype=torch.bool).index_fill_(0, row_P, False)
+    return tuple(unused_R[tile.start : tile.stop].nonzero()[:, 0] for tile in tiles)
