@@ -55,7 +55,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One table, in about 17 minutes on two cores; finished rows are kept in runs/bench. Fewer cases: make bench BENCH=--quick
+# One table, in about 20 minutes on two cores; finished rows are kept in runs/bench. Fewer cases: make bench BENCH=--quick
 BENCH ?=
 
 bench: $(STAMP)

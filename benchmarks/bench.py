@@ -1,6 +1,6 @@
 """One table of every speed: experts, few tokens, routing, growth, training; ours, peers, and what the machine can do.
 
-    python benchmarks/bench.py                                            # all; about 17 minutes on two cores
+    python benchmarks/bench.py                                            # all; about 20 minutes on two cores
     python benchmarks/bench.py --quick                                    # a few minutes
     python benchmarks/bench.py --shape 1000/520/24/1 --tokens 333 4096 --load even hot empty
     python benchmarks/bench.py --only routing few
@@ -11,7 +11,7 @@ What a cell holds, by the row's first column:
                                 and its share of the best matrix product's rate; `floor`: the least that the products
                                 at that rate, or the bytes that must move at the best reading rate, take / dense
     ..., pages kept             the same where the allocator keeps what is given back, for everybody as for ours
-    few tokens                  bytes of the touched experts' matrices per second / best reading rate
+    few tokens                  bytes of the touched experts' matrices per second / the rate of reading beside the row
     few tokens, cold            the same with 256 MB of something else read before each
     routing                     a rule's time / its experts' time
     training                    tokens per second / those of transformers' OLMoE; `bound`: OLMoE

@@ -29,6 +29,8 @@ SLOW = 5.0
 """Who takes more than so many times the dense network's time, and long, is not run again."""
 FLUSH = 2**28
 """Bytes to read for everything in the caches to be replaced."""
+READING = 0.4
+"""Seconds for which the rate of reading is measured beside a row."""
 
 
 @dataclass
@@ -49,6 +51,12 @@ class Machine:
         """Of reading memory."""
         self.bandwidth = self.bandwidth or peak_bandwidth(self.device)
         return self.bandwidth
+
+    def reading_now(self) -> float:
+        """The same at this moment. It drifts by tens of per cent within a run, and the best of the run is kept."""
+        rate = peak_bandwidth(self.device, seconds=READING)
+        self.bandwidth = max(self.bandwidth, rate)
+        return rate
 
     def floor(self, problem: Problem, backward: bool) -> tuple[float, str]:
         """Seconds that one pass takes at least, and whether products or memory take them."""
@@ -156,17 +164,20 @@ def peak_memory(problem: Problem, contender: Contender) -> float:
 
 
 def few_tokens(case: Case, dtype: str, device: str, seconds: float, machine: Machine) -> list[Row]:
-    """Two rows, forward: bytes of the touched experts' matrices per second over the best reading rate. In the first
-    contenders follow each other as they are, in the second everything in the caches is replaced between them."""
+    """Two rows, forward: bytes of the touched experts' matrices per second over the rate of reading right before or
+    right after, whichever is higher. In the first contenders follow each other as they are, in the second everything
+    in the caches is replaced between them."""
     problem = build(case, getattr(torch, dtype), device)
     field = right(problem, everybody(device), passes=(False,))
     mine = resolve_backend("auto", device, problem.dtype)
     one = case.expert_bytes(problem.dtype.itemsize)
-    full = problem.touched * one / machine.bytes_per_second()
     other = torch.ones(FLUSH // 4, device=device)
+    rate = machine.reading_now()
     rows = []
     for what, after in (("few tokens", lambda: None), ("few tokens, cold", other.sum)):
         times = timed(problem, field, seconds / 2, False, after)
+        rate, before = machine.reading_now(), rate
+        full = problem.touched * one / max(before, rate)
         cells = {name: ratio([full] * len(spent), spent) for name, spent in times.items() if name != DENSE}
         dense = ratio([full * case.k / problem.touched] * len(times[DENSE]), times[DENSE])
         cells["bound"] = f"{1e3 * full:.2f} ms for {problem.touched * one / 1e6:.0f} MB; dense {dense}"

@@ -124,13 +124,13 @@ def peak_flops(dtype: torch.dtype, device: str = "cpu") -> float:
     return 2 * size**3 / min(times)
 
 
-def peak_bandwidth(device: str = "cpu", mebibytes: int = 512) -> float:
+def peak_bandwidth(device: str = "cpu", mebibytes: int = 512, seconds: float = 3.0) -> float:
     """Bytes per second at which this machine adds up a large tensor, or its squares, whichever is faster. The tensor
     lies on large pages where there are any, as the matrices do: read from small ones it is up to a third slower."""
     x = torch.ones(mebibytes * 2**18, device=device)
     if device == "cpu" and why_not_native() is None:
         settle(x)
-    times = in_turn({"sum": x.sum, "dot": lambda: torch.dot(x, x)}, seconds=3.0, clock=clock_of(device))
+    times = in_turn({"sum": x.sum, "dot": lambda: torch.dot(x, x)}, seconds, clock=clock_of(device))
     return 4 * x.numel() / min(map(min, times.values()))
 
 

@@ -34,6 +34,11 @@ def test_a_tile_of_padding_is_not_made_of_idle_experts():
     assert plan.idle_experts == (0, 1, 2, 3, 5, 7)
 
 
+def test_a_hot_expert_does_not_make_its_neighbours_as_long_as_itself():
+    plan = plan_tiles(with_loads(90, 1, 2, 1), tile_rows=1000, call_rows=10_000)
+    assert runs(plan) == [[(0, 2, 90, True), (2, 2, 2, True)]]
+
+
 def test_batches_hold_a_power_of_two_experts_but_for_the_last_and_fit_a_tile():
     plan = plan_tiles(with_loads(*[5] * 23), tile_rows=40, call_rows=100)
     assert [[run[1] for run in tile] for tile in runs(plan)] == [[8], [8], [7]]

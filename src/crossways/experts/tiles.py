@@ -123,6 +123,11 @@ def plan_tiles(assignment: Assignment, tile_rows: int, row_multiple: int = 1, ca
     )
 
 
+_MOST_PADDED = 2
+"""Times the rows that experts have, with padding: that also passes through everything that is not a product, which
+weighs most where matrices are small."""
+
+
 @dataclass(frozen=True)
 class _Cutting:
     """How the experts' loads (rows, rounded up already) are cut into runs."""
@@ -145,10 +150,11 @@ class _Cutting:
         left = 1 << (count - 1).bit_length() - 1
         cost, runs = self.halves(first, left)
         more_cost, more_runs = self.halves(first + left, count - left)
-        joined = self.call_rows + count * widest
-        if count * widest > self.tile_rows or joined > cost + more_cost:
+        padded = count * widest
+        most = min(self.tile_rows, _MOST_PADDED * sum(self.loads[first : first + count]))
+        if padded > most or self.call_rows + padded > cost + more_cost:
             return cost + more_cost, runs + more_runs
-        return joined, [Run(first, count, widest)]
+        return self.call_rows + padded, [Run(first, count, widest)]
 
     def _pieces(self, expert: int) -> list[Run]:
         load = self.loads[expert]
