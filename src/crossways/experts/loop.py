@@ -2,10 +2,10 @@
 
 What costs time on a CPU besides the matrix products is fresh memory (page faults), elementwise passes over data that
 has left the cache, and, in bfloat16, matrix shapes never seen before (oneDNN compiles a kernel for each) and products
-of one expert, which two threads share badly. So: every product writes into
-a buffer reused by the next tile; rows are added up to tokens by `row_sums`; the routing weight is applied at width F,
-not D; gradients of all experts go straight into one (E, ...) tensor; experts of similar load are multiplied in one
-call (`tiles`); bfloat16 rows are padded to few sizes; few of them go another way (`columns`).
+of one expert, which two threads share badly. So: every product writes into a buffer reused by the next tile; rows
+are added up to tokens by `row_sums`; the routing weight is applied at width F, not D; gradients of all experts go
+straight into one (E, ...) tensor; experts of similar load are multiplied in one call (`tiles`); bfloat16 rows are
+padded to few sizes; few of them go another way (`columns`).
 
 Legend: T tokens, P pairs, R rows (see `tiles`), N rows of one tile, E experts, D model width, F expert width,
 H rows of the first matrix (2F gated, F plain).

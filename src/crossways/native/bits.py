@@ -155,8 +155,7 @@ def pairs(bits: Bits, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _at(word_TW), _at(weight if direct else None), *map(c_int64, (len(word_TW), experts, room)),
         _at(token_P), _at(expert_P), _at(weight_P), _at(offsets_E1), _threads(),
     )  # fmt: skip
-    if count > room:
-        raise AssertionError(f"{count} pairs are chosen where {room} were the most")
+    assert count <= room, f"{count} pairs are chosen where {room} were the most"
     if count < room:
         token_P, expert_P, weight_P = token_P[:count], expert_P[:count], weight_P[:count]
     if not direct:
