@@ -161,8 +161,18 @@ void gather_inputs(const Layer<T>& l, const Group& g, const Buffers<T>& b) {
   }
 }
 
+// The matrices of an expert, as far as they belong to a slice.
+template <class T>
+Transposed<T> down_of(const Layer<T>& l, const Slice& s) {
+  return {l.down(s.expert) + s.f0, l.F, 1, 0, l.D, s.f1 - s.f0, nullptr, l.load(s.expert) > l.group()};
+}
+template <class T>
+Transposed<T> up_of(const Layer<T>& l, const Slice& s, int64_t parts) {
+  return {l.up(s.expert) + s.f0 * l.D, l.D, parts, l.F * l.D, s.f1 - s.f0, l.D, nullptr, l.load(s.expert) > l.group()};
+}
+
 template <class T, Function function, bool gated>
-void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_weight) {
+void backward_slice(const Layer<T>& l, const Slice& s, const Slice* next, float* sum, float* grad_weight) {
   const Problem& p = l.p;
   const int64_t D = l.D, F = l.F, Dp = l.Dp, real = s.f1 - s.f0, depth = round_up(real, SIDE);
   constexpr int parts = gated ? 2 : 1;
@@ -170,8 +180,8 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
   const bool several = l.load(s.expert) > l.group();
   T* grad_up = p.grad_up ? static_cast<T*>(p.grad_up) + s.expert * l.H * D : nullptr;
   T* grad_down = p.grad_down ? static_cast<T*>(p.grad_down) + s.expert * D * F : nullptr;
-  Transposed<T> down{l.down(s.expert) + s.f0, F, 1, 0, D, real, nullptr, several};
-  Transposed<T> up{l.up(s.expert) + s.f0 * D, D, parts, F * D, real, D, nullptr, several};
+  Transposed<T> down = down_of(l, s), up = up_of(l, s, parts);
+  const Piece after = next ? down_of(l, *next).begin(l.load(next->expert)) : Piece{};
   const Buffers<T> b(l, depth, rows, down, up);
   for_groups(l, s.expert, [&](const Group& g, bool first, bool last) {
     // One step after the other gathers what it needs: all of it at once would not fit the second-level cache.
@@ -182,7 +192,7 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
         for (int64_t at = 0; at < round_up(count, SIDE); at += 16)
           differentiate<T, function, gated>(l, s, g, i, s.f0 + f + at, c + i * SIDE * row + at, row, b);
     };
-    down.times(b.grad_y, b.grad_y_row, g.count, first, b.c, hidden);
+    down.times(b.grad_y, b.grad_y_row, g.count, first, b.c, {}, hidden);
     if (grad_weight)
       for (int64_t i = 0; i < 2 * g.panels(); i++)
         store(grad_weight + g.first - p.offsets[s.expert] + 16 * i, b.weight_sums[i], first16(g.count - 16 * i));
@@ -193,7 +203,7 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
         return Place<T>{grad_down + d * F + s.f0 + f, F, D - d, F - s.f0 - f};
       };
       weight_gradient(b.grad_y_left, Dp, D, panels_of(b.hidden, g.count), depth, g.count, b.c, down_total, first, last,
-                      b.stage, place);
+                      b.stage, {}, place);
     }
     if (grad_up) {
       gather_inputs(l, g, b);
@@ -202,13 +212,13 @@ void backward_slice(const Layer<T>& l, const Slice& s, float* sum, float* grad_w
         return Place<T>{grad_up + row * D + d, D, F - f, D - d};
       };
       weight_gradient(b.grad_up_left, rows, rows, panels_of(b.inputs, g.count), Dp, g.count, b.c, up_total, first, last,
-                      b.stage, place);
+                      b.stage, up.begin(g.count), place);
     }
     if (!sum) return;
     auto inputs = [&](int64_t d, int64_t count, const float* c, int64_t row) {
       for (int64_t i = 0; i < g.count; i++) add_row(c + i * row, count, sum + p.token[g.first + i] * D + d);
     };
-    up.times(b.grad_up, b.grad_up_row, g.count, first, b.c, inputs);
+    up.times(b.grad_up, b.grad_up_row, g.count, first, b.c, after, inputs);
   });
 }
 

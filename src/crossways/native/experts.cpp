@@ -19,11 +19,11 @@ void forward(const Problem& p) {
   large_pages(p.kept, l.kept_at[p.experts] * l.H * sizeof(T));
   large_pages(p.y, p.tokens * p.width * sizeof(T));
   with_function(p.function, [&](auto function) {
-    run_shares(p, static_cast<T*>(p.y), [&](const Slice& s, float* sum) {
+    run_shares(p, static_cast<T*>(p.y), [&](const Slice& s, const Slice* next, float* sum) {
       if (p.gated)
-        forward_slice<T, function(), true>(l, s, sum);
+        forward_slice<T, function(), true>(l, s, next, sum);
       else
-        forward_slice<T, function(), false>(l, s, sum);
+        forward_slice<T, function(), false>(l, s, next, sum);
     });
   });
 }
@@ -58,12 +58,12 @@ void backward(const Problem& p) {
   large_pages(p.grad_down, p.experts * l.F * l.D * sizeof(T));
   Parts parts(l);
   with_function(p.function, [&](auto function) {
-    run_shares(p, static_cast<T*>(p.grad_x), [&](const Slice& s, float* sum) {
+    run_shares(p, static_cast<T*>(p.grad_x), [&](const Slice& s, const Slice* next, float* sum) {
       float* grad_weight = p.grad_weight ? parts.of(s) : nullptr;
       if (p.gated)
-        backward_slice<T, function(), true>(l, s, sum, grad_weight);
+        backward_slice<T, function(), true>(l, s, next, sum, grad_weight);
       else
-        backward_slice<T, function(), false>(l, s, sum, grad_weight);
+        backward_slice<T, function(), false>(l, s, next, sum, grad_weight);
     });
   });
   if (p.grad_weight) parts.add_up(p);

@@ -78,6 +78,19 @@ struct Ahead {
   }
 };
 
+// What lies in memory in one piece and is needed soon; nothing, if there is no such piece.
+struct Piece {
+  const void* at = nullptr;
+  int64_t bytes = 0;
+  // What the i-th of n products, until it is needed, brings into the cache of it.
+  Ahead share(int64_t i, int64_t n) const {
+    if (!at) return {};
+    const int64_t first = bytes * i / n, half = (bytes * (i + 1) / n - first) / 2;
+    const char* from = static_cast<const char*>(at) + first;
+    return {from, from + half, half};
+  }
+};
+
 // Right panels: word (s, c) of panel p is words[p * panel + s / 32 * step + (s % 32 / per_word) * row + c].
 struct Right {
   const uint32_t* words;

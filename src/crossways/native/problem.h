@@ -196,7 +196,8 @@ void add_up(const std::vector<float*>& parts, int64_t first, int64_t last, T* ou
   }
 }
 
-// Run `work` on every thread's slices, each thread with its sum, then write the total of the sums to `out`.
+// Run `work` on every thread's slices, each with the slice after it, or null, and the thread's sum; then write the total
+// of the sums to `out`.
 template <class T, class Work>
 void run_shares(const Problem& p, T* out, Work&& work) {
   const auto shares = share(p);
@@ -215,7 +216,8 @@ void run_shares(const Problem& p, T* out, Work&& work) {
         const bool mine = t % team == me;
         if (mine && out && (!shares[t].empty() || !busy)) std::memset(parts[busy ? at : 0], 0, size * 4);
         if (mine)
-          for (const Slice& slice : shares[t]) work(slice, out ? parts[at] : nullptr);
+          for (size_t i = 0; i < shares[t].size(); i++)
+            work(shares[t][i], i + 1 < shares[t].size() ? &shares[t][i + 1] : nullptr, out ? parts[at] : nullptr);
         at += !shares[t].empty();
       }
     }

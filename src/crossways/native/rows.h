@@ -28,18 +28,23 @@ inline void transpose_panel(const T* const rows[SIDE], int64_t width, uint32_t* 
     }
 }
 
-// 32 rows to words that pair neighbouring rows: [width / 32] panels of [32 / per_word][32], `panel` words apart.
+// Sixteen words that pair values of two rows; rows that are null are zero.
+inline Words pair_of(const bf16* low, const bf16* high, int64_t at, __mmask16 mask) {
+  const Words a = low ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, low + at)) : Words{};
+  const Words b = high ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, high + at)) : Words{};
+  return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+}
+
+// 32 rows to words that pair neighbouring rows: [width / 32] panels of [32 / per_word][32], `panel` words apart. A line
+// of a row is read at once: rows lie so far apart that it may not be in the first-level cache a little later.
 inline void pair_rows(const bf16* const rows[SIDE], int64_t width, uint32_t* words, int64_t panel) {
-  for (int64_t at = 0; at < width; at += 16) {
-    const __mmask16 mask = first16(width - at);
-    uint32_t* out = words + at / SIDE * panel + at % SIDE;
-    for (int i = 0; i < SIDE; i += 2) {
-      Words low = rows[i] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[i] + at)) : Words{};
-      Words high = rows[i + 1] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[i + 1] + at)) : Words{};
-      _mm512_storeu_si512(out + i / 2 * SIDE, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  for (int64_t at = 0; at < width; at += SIDE) {
+    const __mmask16 first = first16(width - at), second = first16(width - at - 16);
+    uint32_t* out = words + at / SIDE * panel;
+    for (int i = 0; i < SIDE; i += 2, out += SIDE) {
+      _mm512_storeu_si512(out, pair_of(rows[i], rows[i + 1], at, first));
+      _mm512_storeu_si512(out + 16, pair_of(rows[i], rows[i + 1], at + 16, second));
     }
-    if (at + 16 >= width && at % SIDE == 0)
-      for (int i = 0; i < SIDE; i += 2) _mm512_storeu_si512(out + 16 + i / 2 * SIDE, Words{});
   }
 }
 inline void pair_rows(const float* const rows[SIDE], int64_t width, uint32_t* words, int64_t panel) {

@@ -77,11 +77,13 @@ int64_t columns_at_once(int64_t pairs, int64_t columns, const Place<T>& place) {
 
 // A weight gradient: for every 32 of `rows` rows, left rows at `left` (whose panels hold `all` rows) times `right`.
 // Experts of several groups add up in `total`; the last group writes to `place(row, column)`, a few blocks at once
-// while they are in the first-level cache.
+// while they are in the first-level cache. Meanwhile it fetches what comes `then`.
 template <class T, class PlaceOf>
 void weight_gradient(const T* left, int64_t all, int64_t rows, const Right& right, int64_t columns, int64_t pairs,
-                     float* c, float* total, bool first, bool last, Stage<T> stage, PlaceOf&& place) {
+                     float* c, float* total, bool first, bool last, Stage<T> stage, Piece then, PlaceOf&& place) {
   const int64_t wide = columns_at_once(pairs, columns, place(0, 0));
+  const int64_t products = (columns + WRITTEN - 1) / WRITTEN * ((rows + SIDE - 1) / SIDE);
+  int64_t done = 0;
   for (int64_t begin = 0; begin < columns; begin += wide)
     for (int64_t r = 0; r < rows; r += SIDE) {
       const T* at = left + r * SIDE;
@@ -91,12 +93,13 @@ void weight_gradient(const T* left, int64_t all, int64_t rows, const Right& righ
         const Right some{right.words + column / SIDE * right.panel, right.row, right.step, right.panel};
         const int64_t count = std::min(columns - column, WRITTEN);
         const Place<T> to = place(r, column);
+        const Ahead ahead = then.share(done++, products);
         if (!total && pairs <= Kind<T>::chunk * SIDE && to.straight(SIDE, count)) {
-          product<T>(these, some, count, pairs, Out(reinterpret_cast<float*>(to.at), to.stride, true));
+          product<T>(these, some, count, pairs, Out(reinterpret_cast<float*>(to.at), to.stride, true), false, ahead);
           continue;
         }
         float* sums = total ? total + r * columns + column * SIDE : c;
-        product<T>(these, some, count, pairs, Out(sums), !first);
+        product<T>(these, some, count, pairs, Out(sums), !first, ahead);
         for (int64_t i = 0; last && i < count; i += SIDE) put_block(sums + i * SIDE, to, i, stage);
       }
       if (last) stage.end();
