@@ -88,6 +88,7 @@ CASES = {
     "many-groups": lambda: (torch.rand(1200, 2).topk(2).indices, 2, 32, 64),
     "deep": lambda: (torch.rand(40, 4).topk(2).indices, 4, 1056, 544),
     "deep-and-odd": lambda: (torch.rand(40, 4).topk(2).indices, 4, 333, 150),
+    "deep-either-side-of-few": lambda: (torch.tensor([0] * 96 + [1] * 97 + [2] * 125)[:, None], 3, 1056, 330),
     "wide-one-group": lambda: (torch.zeros(460, 1, dtype=torch.int64), 1, 330, 150),
     "wide-many-groups": lambda: (hot(700, 6, 2), 6, 330, 150),
 }

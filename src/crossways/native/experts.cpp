@@ -19,11 +19,11 @@ void forward(const Problem& p) {
   large_pages(p.kept, l.kept_at[p.experts] * l.H * sizeof(T));
   large_pages(p.y, p.tokens * p.width * sizeof(T));
   with_function(p.function, [&](auto function) {
-    run_shares(p, static_cast<T*>(p.y), [&](const Slice& s, const Slice* next, float* sum) {
+    run_shares(p, static_cast<T*>(p.y), [&](const Slice& s, const Slice*, float* sum) {
       if (p.gated)
-        forward_slice<T, function(), true>(l, s, next, sum);
+        forward_slice<T, function(), true>(l, s, sum);
       else
-        forward_slice<T, function(), false>(l, s, next, sum);
+        forward_slice<T, function(), false>(l, s, sum);
     });
   });
 }

@@ -84,7 +84,7 @@ Ahead rows_ahead(const T* first, const T* second, int64_t width) {
 }
 
 template <class T, Function function, bool gated>
-void forward_slice(const Layer<T>& l, const Slice& s, const Slice* next, float* sum) {
+void forward_slice(const Layer<T>& l, const Slice& s, float* sum) {
   const Problem& p = l.p;
   const int64_t D = l.D, F = l.F, depth = s.f1 - s.f0, padded = round_up(depth, SIDE), most = l.group() / SIDE;
   constexpr int64_t step = gated ? 16 : 32;
