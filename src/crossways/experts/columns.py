@@ -28,13 +28,12 @@ def pay(tile: Tile, dtype: torch.dtype) -> bool:
 def forward(
     tile: Tile,
     x_ND: Tensor,
-    weight_N1: Tensor,
     up_EHD: Tensor,
     down_EDF: Tensor,
     activation: Activation,
     out_ND: Tensor,
 ) -> None:
-    """weight * down(activation(up(x))) of a tile's rows, written to `out_ND`; not differentiable."""
+    """down(activation(up(x))) of a tile's rows, written to `out_ND`; not differentiable."""
     start = 0
     for run in tile.runs:
         rows = slice(start, start := start + run.experts * run.rows)
@@ -42,5 +41,4 @@ def forward(
         up_BHM = torch.bmm(up_EHD[experts], x_ND[rows].view(shape).mT)
         hidden_BMF = up_BHM.new_empty(run.experts, down_EDF.shape[2], run.rows).mT
         activation.apply_into(up_BHM.mT, hidden_BMF)
-        hidden_BMF.mul_(weight_N1[rows].view(shape))
         torch.bmm(hidden_BMF, down_EDF[experts].mT, out=out_ND[rows].view(shape))

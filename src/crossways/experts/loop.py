@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crossways.assignment import Assignment
-from crossways.experts import columns
+from crossways.experts import columns, pool
 from crossways.experts.activation import Activation, BackwardOut
 from crossways.experts.row_sums import RowSums
 from crossways.experts.tiles import Tile, TilePlan, plan_tiles
@@ -66,9 +66,7 @@ class _Scratch:
     def rows(self, name: str, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """The first `count` rows of the buffer `name` (rows, width)."""
         if name not in self._buffers:
-            self._buffers[name] = torch.empty(
-                self._rows, width, dtype=dtype or self._like.dtype, device=self._like.device
-            )
+            self._buffers[name] = pool.empty((self._rows, width), self._like, dtype)
         return self._buffers[name][:count]
 
 
@@ -94,25 +92,21 @@ class _Loop(torch.autograd.Function):
     ) -> Tensor:
         saved: list[Tensor] = []
         width = down_EDF.shape[2]
-        weight_R1 = plan.spread(weight_P.to(x_TD.dtype))
         up_EDH, down_EFD = up_EHD.transpose(1, 2), down_EDF.transpose(1, 2)
-        scratch, sums = _Scratch(plan, x_TD), RowSums(plan, x_TD)
+        scratch, sums = _Scratch(plan, x_TD), RowSums(plan, x_TD, weight_P)
         for index, tile in enumerate(plan.tiles):
             count = tile.stop - tile.start
             x_ND = _gather(x_TD, plan, index, scratch, "x")
             if not save and columns.pay(tile, x_TD.dtype):
-                weight_N1 = weight_R1[tile.start : tile.stop]
-                columns.forward(tile, x_ND, weight_N1, up_EHD, down_EDF, activation, sums.rows(tile))
+                columns.forward(tile, x_ND, up_EHD, down_EDF, activation, sums.rows(tile))
                 continue
             up_NH = scratch.rows("up", count, up_EHD.shape[1])
             if save:
-                # One piece per tile: the allocator recycles these; one large block would be fresh pages.
-                up_NH = x_TD.new_empty(up_NH.shape)
+                up_NH = pool.empty(up_NH.shape, x_TD)
                 saved.append(up_NH)
             _mm_runs(tile, x_ND, up_EDH, up_NH)
             hidden_NF = scratch.rows("hidden", count, width)
             activation.apply_into(up_NH, hidden_NF)
-            hidden_NF.mul_(weight_R1[tile.start : tile.stop])
             _mm_runs(tile, hidden_NF, down_EFD, sums.rows(tile))
         ctx.save_for_backward(x_TD, weight_P, up_EHD, down_EDF, *saved)
         ctx.plan, ctx.activation = plan, activation
@@ -165,7 +159,7 @@ class _Loop(torch.autograd.Function):
 
 
 def _empty_grad(weight: Tensor, plan: TilePlan) -> Tensor:
-    grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    grad = pool.empty(weight.shape, weight)
     for expert in plan.idle_experts:
         grad[expert].zero_()
     return grad

@@ -65,13 +65,13 @@ class TilePlan:
             return weight_P[:, None]
         return weight_P.new_zeros(len(self.token_R)).index_copy_(0, self.row_P, weight_P)[:, None]
 
-    def by_token(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """The rows (P,) of all pairs, token by token, and where each token's begin (T,)."""
+    def by_token(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows (P,) of all pairs, token by token, where each token's begin (T,), and which pairs they are (P,)."""
         token_P = self.collect(self.token_R)
         key_P = token_P.to(torch.int16) if tokens < 2**15 else token_P  # narrow keys sort several times faster
         sorted_P, order_P = torch.sort(key_P, stable=True)
         first_T = torch.searchsorted(sorted_P, torch.arange(tokens, dtype=sorted_P.dtype))
-        return order_P if self.row_P is None else self.row_P[order_P], first_T
+        return order_P if self.row_P is None else self.row_P[order_P], first_T, order_P
 
     def collect(self, value_R: Tensor) -> Tensor:
         """The rows' values (R,) of the real pairs (P,)."""
