@@ -27,13 +27,18 @@ from crossways.experts.tiles import Tile, TilePlan, plan_tiles
 
 _TILE_BYTES = 16 * 2**20
 _MIN_TILE_ROWS = 512
-_CALL_MULTIPLIES = {False: 20_000_000, True: 250_000_000}
+_CALL_MULTIPLIES = {False: 8_000_000, True: 250_000_000}
+_ALONE = {False: 1.2, True: 1.5}
 
 
 def loop(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation) -> Tensor:
     """Same contract as `naive`; first derivatives only."""
     plan = plan_tiles(
-        assignment, _tile_rows(up_EHD, down_EDF), _row_multiple(x_TD.dtype), _call_rows(up_EHD, down_EDF)
+        assignment,
+        _tile_rows(up_EHD, down_EDF),
+        _row_multiple(x_TD.dtype),
+        _call_rows(up_EHD, down_EDF),
+        _ALONE[_row_multiple(x_TD.dtype) > 1],
     )
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

@@ -85,11 +85,11 @@ class Pool:
         return torch.frombuffer(held, dtype=torch.uint8)
 
     def _best(self, size: int) -> _Block | None:
-        """The smallest that waits and is at most a quarter too large."""
+        """The smallest that waits and is at most a quarter too large; of those, what the caches saw last."""
         fitting = [block for block in self._waiting if size <= block.size <= size + size // 4]
         if not fitting:
             return None
-        block = min(fitting, key=lambda one: one.size)
+        block = min(reversed(fitting), key=lambda one: one.size)
         self._waiting.remove(block)
         block.marked = False
         return block

@@ -56,7 +56,7 @@ class RowSums:
         if self._sum_TD is not None:
             self._add()
             return self._sum_TD.to(self._like_TD.dtype)
-        row_P, first_T, order_P = self._plan.by_token(len(self._like_TD))
+        row_P, first_T, order_P = self._plan.by_token
         if not len(row_P):
             return torch.zeros_like(self._like_TD)
         weight_P = None if self._weight_P is None else self._weight_P[order_P]
