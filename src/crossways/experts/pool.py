@@ -24,6 +24,10 @@ _SMALL = 2**20
 """Bytes below which the C library recycles well enough."""
 _PAGE = 2**21
 """Bytes of a large page, which the system is asked for where it has them."""
+_PLACES, _STEP = 16, 4096 + 256
+"""Tensors begin in one of so many places, so many bytes apart. If all began where a large page does, operations on
+several of them would wait for each other: their rows would fall into the same sets of the caches, and a read looks
+like that of what was just written 4 KB further on."""
 _PATIENCE = 64
 """How many blocks are taken until one that waits counts as waiting long: then the system may have its pages."""
 
@@ -43,7 +47,7 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     count = math.prod(shape)
     if count * dtype.itemsize < _SMALL or not like.is_cpu:
         return torch.empty(shape, dtype=dtype, device=like.device)
-    return _pool().take(count * dtype.itemsize).view(dtype)[:count].view(tuple(shape))
+    return _pool().take(count * dtype.itemsize).view(dtype).view(tuple(shape))
 
 
 @cache
@@ -72,17 +76,18 @@ class Pool:
         self._in_use = self._most = self._taken = 0
 
     def take(self, size: int) -> Tensor:
-        """At least `size` bytes of any content (uint8); the block comes back when the last view of them is gone."""
-        size = -(-size // _PAGE) * _PAGE
+        """`size` bytes of any content (uint8); the block comes back when the last view of them is gone."""
+        block_size = -(-(size + _PLACES * _STEP) // _PAGE) * _PAGE
         with self._lock:
             self._collect()
-            block = self._best(size) or _map(size)
+            block = self._best(block_size) or _map(block_size)
             self._taken += 1
+            place = self._taken % _PLACES * _STEP
             self._in_use += block.size
             self._most = max(self._most, self._in_use)
         held = (ctypes.c_char * block.size).from_address(block.address)
         weakref.finalize(held, self._returned.append, block).atexit = False
-        return torch.frombuffer(held, dtype=torch.uint8)
+        return torch.frombuffer(held, dtype=torch.uint8, count=size, offset=place)
 
     def _best(self, size: int) -> _Block | None:
         """The smallest that waits and is at most a quarter too large; of those, what the caches saw last."""
