@@ -1,4 +1,4 @@
-"""Memory of the loop backend that is used again: the same block, never while somebody holds it, never without bound."""
+"""Memory that the loop backend uses again: the same block, never while somebody holds it, never without bound."""
 
 import gc
 import mmap

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crossways.experts import pool
 from crossways.experts.activation import Activation
 from crossways.experts.tiles import Tile
 
@@ -38,7 +39,8 @@ def forward(
     for run in tile.runs:
         rows = slice(start, start := start + run.experts * run.rows)
         experts, shape = slice(run.expert, run.expert + run.experts), (run.experts, run.rows, -1)
-        up_BHM = torch.bmm(up_EHD[experts], x_ND[rows].view(shape).mT)
-        hidden_BMF = up_BHM.new_empty(run.experts, down_EDF.shape[2], run.rows).mT
+        up_BHM = pool.empty((run.experts, up_EHD.shape[1], run.rows), x_ND)
+        torch.bmm(up_EHD[experts], x_ND[rows].view(shape).mT, out=up_BHM)
+        hidden_BMF = pool.empty((run.experts, down_EDF.shape[2], run.rows), x_ND).mT
         activation.apply_into(up_BHM.mT, hidden_BMF)
         torch.bmm(hidden_BMF, down_EDF[experts].mT, out=out_ND[rows].view(shape))

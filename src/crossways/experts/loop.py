@@ -2,10 +2,10 @@
 
 What costs time on a CPU besides the matrix products is fresh memory (page faults), elementwise passes over data that
 has left the cache, and, in bfloat16, matrix shapes never seen before (oneDNN compiles a kernel for each) and products
-of one expert, which two threads share badly. So: every product writes into a buffer reused by the next tile; rows
-are added up to tokens by `row_sums`; the routing weight is applied at width F, not D; gradients of all experts go
-straight into one (E, ...) tensor; experts of similar load are multiplied in one call (`tiles`); bfloat16 rows are
-padded to few sizes; few of them go another way (`columns`).
+of one expert, which two threads share badly. So: every product writes into a buffer reused by the next tile, and
+whatever is large lies in memory that is used again (`pool`); rows are weighed and added up to tokens in one pass
+(`row_sums`); gradients of all experts go straight into one (E, ...) tensor; experts of similar load are multiplied in
+one call (`tiles`); bfloat16 rows are padded to few sizes; few of them go another way (`columns`).
 
 Legend: T tokens, P pairs, R rows (see `tiles`), N rows of one tile, E experts, D model width, F expert width,
 H rows of the first matrix (2F gated, F plain).
@@ -28,18 +28,16 @@ from crossways.experts.tiles import Tile, TilePlan, plan_tiles
 _TILE_BYTES = 16 * 2**20
 _MIN_TILE_ROWS = 512
 _CALL_MULTIPLIES = {False: 8_000_000, True: 250_000_000}
+"""Multiplications in the time that a product takes to start; by whether it is in half precision."""
 _ALONE = {False: 1.2, True: 1.5}
+"""Times that a product of one expert takes per row of what a batch takes; by the same."""
 
 
 def loop(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation) -> Tensor:
     """Same contract as `naive`; first derivatives only."""
-    plan = plan_tiles(
-        assignment,
-        _tile_rows(up_EHD, down_EDF),
-        _row_multiple(x_TD.dtype),
-        _call_rows(up_EHD, down_EDF),
-        _ALONE[_row_multiple(x_TD.dtype) > 1],
-    )
+    multiple = _row_multiple(x_TD.dtype)
+    rows, call_rows = _tile_rows(up_EHD, down_EDF), _call_rows(up_EHD, down_EDF)
+    plan = plan_tiles(assignment, rows, multiple, call_rows, _ALONE[multiple > 1])
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     return _Loop.apply(*inputs, plan, activation, save)

@@ -32,6 +32,7 @@ _PATIENCE = 64
 """How many blocks are taken until one that waits counts as waiting long: then the system may have its pages."""
 
 
+@torch.compiler.disable  # what it does is no operator
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised CPU tensor, like `torch.empty`; from the pool if it is large.
 

@@ -1,8 +1,8 @@
-"""Adding rows up to their tokens, in at least float32.
+"""Adding rows up to their tokens, weighed or not, in at least float32.
 
-`embedding_bag` goes through the tokens one after the other, in all threads, and keeps a token's sum in registers. It
-needs all rows in one tensor. Where that were so large that the C library takes it from the system each time, clearing
-its pages costs more than is won: then some rows at a time are widened and added to sums that lie in memory.
+`embedding_bag` goes through the tokens one after the other, in all threads, and keeps a token's sum in registers; a
+row's weight costs it nothing. It needs all rows in one tensor. Where that were very large, some rows at a time are
+widened and added to sums that lie in memory, which takes longer.
 
 Legend: T tokens, P pairs, R rows (see `tiles`), N rows of one tile, D model width.
 """
@@ -28,6 +28,7 @@ class RowSums:
     Args:
         plan: the tiles, which are to be written in their order.
         like_TD: of the shape and dtype of the result.
+        weight_P: what each pair's row is multiplied by; None for 1.
     """
 
     def __init__(self, plan: TilePlan, like_TD: Tensor, weight_P: Tensor | None = None) -> None:
@@ -40,7 +41,7 @@ class RowSums:
         if rows * width * like_TD.element_size() > _MOST_BYTES:
             rows = max(plan.max_rows, _SOME_BYTES // (width * wide.itemsize))
             self._sum_TD = torch.zeros(like_TD.shape, dtype=wide)
-            self._weight_R1 = None if self._weight_P is None else plan.spread(self._weight_P)
+            self._weight_R1 = None if weight_P is None else plan.spread(weight_P.to(like_TD.dtype))
             self._wide_ND = pool.empty((rows, width), like_TD, wide)
         self._rows_ND = pool.empty((rows, width), like_TD)
 
@@ -64,12 +65,9 @@ class RowSums:
 
     def _add(self) -> None:
         assert self._sum_TD is not None  # with all rows at once, none has to make room
-        rows_ND = self._rows_ND[: self._stop - self._first]
-        wide_ND = self._wide_ND[: len(rows_ND)]
-        if self._weight_R1 is None:
-            wide_ND = rows_ND if rows_ND.dtype == wide_ND.dtype else wide_ND.copy_(rows_ND)
-        else:
-            torch.mul(rows_ND, self._weight_R1[self._first : self._stop], out=wide_ND)
-        rows_ND = wide_ND
-        self._sum_TD.index_add_(0, self._plan.token_R[self._first : self._stop], rows_ND)
+        rows = slice(self._first, self._stop)
+        wide_ND = self._wide_ND[: self._stop - self._first].copy_(self._rows_ND[: self._stop - self._first])
+        if self._weight_R1 is not None:
+            wide_ND.mul_(self._weight_R1[rows])
+        self._sum_TD.index_add_(0, self._plan.token_R[rows], wide_ND)
         self._first = self._stop

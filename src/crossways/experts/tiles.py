@@ -70,7 +70,7 @@ class TilePlan:
 
     @cached_property
     def by_token(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows (P,) of all pairs, token by token, where each token's begin (T,), and which pairs they are (P,)."""
+        """The rows (P,) of all pairs, token by token; where each token's begin (T,); which pairs they are (P,)."""
         token_P = self.collect(self.token_R)
         key_P = token_P.to(torch.int16) if self.tokens < 2**15 else token_P  # narrow keys sort several times faster
         order_P = torch.sort(key_P, stable=True).indices
