@@ -103,10 +103,11 @@ class _Loop(torch.autograd.Function):
             if not save and columns.pay(tile, x_TD.dtype):
                 columns.forward(tile, x_ND, up_EHD, down_EDF, activation, sums.rows(tile))
                 continue
-            up_NH = scratch.rows("up", count, up_EHD.shape[1])
             if save:
-                up_NH = pool.empty(up_NH.shape, x_TD)
+                up_NH = pool.empty((count, up_EHD.shape[1]), x_TD)
                 saved.append(up_NH)
+            else:
+                up_NH = scratch.rows("up", count, up_EHD.shape[1])
             _mm_runs(tile, x_ND, up_EDH, up_NH)
             hidden_NF = scratch.rows("hidden", count, width)
             activation.apply_into(up_NH, hidden_NF)

@@ -32,7 +32,6 @@ _PATIENCE = 64
 """How many blocks are taken until one that waits counts as waiting long: then the system may have its pages."""
 
 
-@torch.compiler.disable  # what it does is no operator
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised CPU tensor, like `torch.empty`; from the pool if it is large.
 
@@ -76,6 +75,7 @@ class Pool:
         self._waiting: list[_Block] = []
         self._in_use = self._most = self._taken = 0
 
+    @torch.compiler.disable  # what it does is no operator
     def take(self, size: int) -> Tensor:
         """`size` bytes of any content (uint8); the block comes back when the last view of them is gone."""
         block_size = -(-(size + _PLACES * _STEP) // _PAGE) * _PAGE
