@@ -25,7 +25,7 @@ from crossways.experts.activation import Activation, BackwardOut
 from crossways.experts.row_sums import RowSums
 from crossways.experts.tiles import Tile, TilePlan, plan_tiles
 
-_TILE_BYTES = 16 * 2**20
+_TILE_BYTES = 32 * 2**20
 _MIN_TILE_ROWS = 512
 _CALL_MULTIPLIES = {False: 8_000_000, True: 250_000_000}
 """Multiplications in the time that a product takes to start; by whether it is in half precision."""
