@@ -26,8 +26,7 @@ _PAGE = 2**21
 """Bytes of a large page, which the system is asked for where it has them."""
 _PLACES, _STEP = 16, 4096 + 256
 """Tensors begin in one of so many places, so many bytes apart. If all began where a large page does, operations on
-several of them would wait for each other: their rows would fall into the same sets of the caches, and a read looks
-like that of what was just written 4 KB further on."""
+several of them would be slower: presumably their rows fall into the same sets of the caches."""
 _PATIENCE = 64
 """How many blocks are taken until one that waits counts as waiting long: then the system may have its pages."""
 
