@@ -28,6 +28,16 @@ def test_neighbours_join_while_padding_is_cheaper_than_a_call():
     assert runs(plan) == [[(0, 4, 11, True), (4, 2, 31, True)]]
 
 
+def test_an_expert_alone_joins_where_its_own_product_is_shared_badly():
+    loads = with_loads(100, 90, 110, 60)
+    assert runs(plan_tiles(loads, tile_rows=1000)) == [
+        [(0, 1, 100, True), (1, 1, 90, True), (2, 1, 110, True), (3, 1, 60, True)]
+    ]
+    assert runs(plan_tiles(loads, tile_rows=1000, alone=1.2)) == [
+        [(0, 2, 100, True), (2, 1, 110, True), (3, 1, 60, True)]
+    ]
+
+
 def test_a_tile_of_padding_is_not_made_of_idle_experts():
     plan = plan_tiles(with_loads(0, 0, 0, 0, 5, 0, 6, 0), tile_rows=1000, call_rows=3)
     assert runs(plan) == [[(4, 1, 5, True), (6, 1, 6, True)]]
@@ -63,9 +73,10 @@ def test_padding_alone_is_cleared():
 def test_rows_by_token(row_multiple):
     assignment = with_loads(3, 0, 7, 5)
     plan = plan_tiles(assignment, 16, row_multiple)
-    row_P, first_T = plan.by_token(8)
+    row_P, first_T, order_P = plan.by_token
+    assert torch.equal(assignment.token_P[order_P], assignment.token_P.sort().values)
     assert torch.equal(plan.token_R[row_P], assignment.token_P.sort().values)
-    assert first_T.tolist() == [0, 3, 6, 9, 11, 13, 14, 15]
+    assert first_T.tolist() == [0, 3, 6, 9, 11, 13, 14]
 
 
 def test_a_hot_expert_is_cut_and_its_later_pieces_are_marked():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crossways.experts import pool
 from crossways.experts.activation import Activation
 from crossways.experts.tiles import Tile
 
@@ -28,19 +29,18 @@ def pay(tile: Tile, dtype: torch.dtype) -> bool:
 def forward(
     tile: Tile,
     x_ND: Tensor,
-    weight_N1: Tensor,
     up_EHD: Tensor,
     down_EDF: Tensor,
     activation: Activation,
     out_ND: Tensor,
 ) -> None:
-    """weight * down(activation(up(x))) of a tile's rows, written to `out_ND`; not differentiable."""
+    """down(activation(up(x))) of a tile's rows, written to `out_ND`; not differentiable."""
     start = 0
     for run in tile.runs:
         rows = slice(start, start := start + run.experts * run.rows)
         experts, shape = slice(run.expert, run.expert + run.experts), (run.experts, run.rows, -1)
-        up_BHM = torch.bmm(up_EHD[experts], x_ND[rows].view(shape).mT)
-        hidden_BMF = up_BHM.new_empty(run.experts, down_EDF.shape[2], run.rows).mT
+        up_BHM = pool.empty((run.experts, up_EHD.shape[1], run.rows), x_ND)
+        torch.bmm(up_EHD[experts], x_ND[rows].view(shape).mT, out=up_BHM)
+        hidden_BMF = pool.empty((run.experts, down_EDF.shape[2], run.rows), x_ND).mT
         activation.apply_into(up_BHM.mT, hidden_BMF)
-        hidden_BMF.mul_(weight_N1[rows].view(shape))
         torch.bmm(hidden_BMF, down_EDF[experts].mT, out=out_ND[rows].view(shape))

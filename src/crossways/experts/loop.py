@@ -2,10 +2,10 @@
 
 What costs time on a CPU besides the matrix products is fresh memory (page faults), elementwise passes over data that
 has left the cache, and, in bfloat16, matrix shapes never seen before (oneDNN compiles a kernel for each) and products
-of one expert, which two threads share badly. So: every product writes into a buffer reused by the next tile; rows
-are added up to tokens by `row_sums`; the routing weight is applied at width F, not D; gradients of all experts go
-straight into one (E, ...) tensor; experts of similar load are multiplied in one call (`tiles`); bfloat16 rows are
-padded to few sizes; few of them go another way (`columns`).
+of one expert, which two threads share badly. So: every product writes into a buffer reused by the next tile, and
+whatever is large lies in memory that is used again (`pool`); rows are weighed and added up to tokens in one pass
+(`row_sums`); gradients of all experts go straight into one (E, ...) tensor; experts of similar load are multiplied in
+one call (`tiles`); bfloat16 rows are padded to few sizes; few of them go another way (`columns`).
 
 Legend: T tokens, P pairs, R rows (see `tiles`), N rows of one tile, E experts, D model width, F expert width,
 H rows of the first matrix (2F gated, F plain).
@@ -20,21 +20,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crossways.assignment import Assignment
-from crossways.experts import columns
+from crossways.experts import columns, pool
 from crossways.experts.activation import Activation, BackwardOut
 from crossways.experts.row_sums import RowSums
 from crossways.experts.tiles import Tile, TilePlan, plan_tiles
 
-_TILE_BYTES = 16 * 2**20
+_TILE_BYTES = 32 * 2**20
 _MIN_TILE_ROWS = 512
-_CALL_MULTIPLIES = {False: 20_000_000, True: 250_000_000}
+_CALL_MULTIPLIES = {False: 8_000_000, True: 250_000_000}
+"""Multiplications in the time that a product takes to start; by whether it is in half precision."""
+_ALONE = {False: 1.2, True: 1.5}
+"""Times that a product of one expert takes per row of what a batch takes; by the same."""
 
 
 def loop(x_TD: Tensor, assignment: Assignment, up_EHD: Tensor, down_EDF: Tensor, activation: Activation) -> Tensor:
     """Same contract as `naive`; first derivatives only."""
-    plan = plan_tiles(
-        assignment, _tile_rows(up_EHD, down_EDF), _row_multiple(x_TD.dtype), _call_rows(up_EHD, down_EDF)
-    )
+    multiple = _row_multiple(x_TD.dtype)
+    rows, call_rows = _tile_rows(up_EHD, down_EDF), _call_rows(up_EHD, down_EDF)
+    plan = plan_tiles(assignment, rows, multiple, call_rows, _ALONE[multiple > 1])
     inputs = (x_TD, assignment.weight_P, up_EHD, down_EDF)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     return _Loop.apply(*inputs, plan, activation, save)
@@ -66,9 +69,7 @@ class _Scratch:
     def rows(self, name: str, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """The first `count` rows of the buffer `name` (rows, width)."""
         if name not in self._buffers:
-            self._buffers[name] = torch.empty(
-                self._rows, width, dtype=dtype or self._like.dtype, device=self._like.device
-            )
+            self._buffers[name] = pool.empty((self._rows, width), self._like, dtype)
         return self._buffers[name][:count]
 
 
@@ -94,25 +95,22 @@ class _Loop(torch.autograd.Function):
     ) -> Tensor:
         saved: list[Tensor] = []
         width = down_EDF.shape[2]
-        weight_R1 = plan.spread(weight_P.to(x_TD.dtype))
         up_EDH, down_EFD = up_EHD.transpose(1, 2), down_EDF.transpose(1, 2)
-        scratch, sums = _Scratch(plan, x_TD), RowSums(plan, x_TD)
+        scratch, sums = _Scratch(plan, x_TD), RowSums(plan, x_TD, weight_P)
         for index, tile in enumerate(plan.tiles):
             count = tile.stop - tile.start
             x_ND = _gather(x_TD, plan, index, scratch, "x")
             if not save and columns.pay(tile, x_TD.dtype):
-                weight_N1 = weight_R1[tile.start : tile.stop]
-                columns.forward(tile, x_ND, weight_N1, up_EHD, down_EDF, activation, sums.rows(tile))
+                columns.forward(tile, x_ND, up_EHD, down_EDF, activation, sums.rows(tile))
                 continue
-            up_NH = scratch.rows("up", count, up_EHD.shape[1])
             if save:
-                # One piece per tile: the allocator recycles these; one large block would be fresh pages.
-                up_NH = x_TD.new_empty(up_NH.shape)
+                up_NH = pool.empty((count, up_EHD.shape[1]), x_TD)
                 saved.append(up_NH)
+            else:
+                up_NH = scratch.rows("up", count, up_EHD.shape[1])
             _mm_runs(tile, x_ND, up_EDH, up_NH)
             hidden_NF = scratch.rows("hidden", count, width)
             activation.apply_into(up_NH, hidden_NF)
-            hidden_NF.mul_(weight_R1[tile.start : tile.stop])
             _mm_runs(tile, hidden_NF, down_EFD, sums.rows(tile))
         ctx.save_for_backward(x_TD, weight_P, up_EHD, down_EDF, *saved)
         ctx.plan, ctx.activation = plan, activation
@@ -165,7 +163,7 @@ class _Loop(torch.autograd.Function):
 
 
 def _empty_grad(weight: Tensor, plan: TilePlan) -> Tensor:
-    grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    grad = pool.empty(weight.shape, weight)
     for expert in plan.idle_experts:
         grad[expert].zero_()
     return grad

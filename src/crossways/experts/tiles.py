@@ -6,6 +6,7 @@ Legend: T tokens, P pairs, R rows (pairs plus padding rows), N rows of one tile,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -48,6 +49,8 @@ class TilePlan:
     """Row of each pair; None when rows are pairs."""
     max_rows: int
     """Rows of the largest tile."""
+    tokens: int
+    """How many there are, with those that have no row."""
     idle_experts: tuple[int, ...]
     """Experts without a row, whose gradients are zero."""
     padding: tuple[Tensor, ...] = ()
@@ -65,13 +68,14 @@ class TilePlan:
             return weight_P[:, None]
         return weight_P.new_zeros(len(self.token_R)).index_copy_(0, self.row_P, weight_P)[:, None]
 
-    def by_token(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """The rows (P,) of all pairs, token by token, and where each token's begin (T,)."""
+    @cached_property
+    def by_token(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows (P,) of all pairs, token by token; where each token's begin (T,); which pairs they are (P,)."""
         token_P = self.collect(self.token_R)
-        key_P = token_P.to(torch.int16) if tokens < 2**15 else token_P  # narrow keys sort several times faster
-        sorted_P, order_P = torch.sort(key_P, stable=True)
-        first_T = torch.searchsorted(sorted_P, torch.arange(tokens, dtype=sorted_P.dtype))
-        return order_P if self.row_P is None else self.row_P[order_P], first_T
+        key_P = token_P.to(torch.int16) if self.tokens < 2**15 else token_P  # narrow keys sort several times faster
+        order_P = torch.sort(key_P, stable=True).indices
+        count_T = torch.bincount(token_P, minlength=self.tokens)
+        return order_P if self.row_P is None else self.row_P[order_P], count_T.cumsum(0) - count_T, order_P
 
     def collect(self, value_R: Tensor) -> Tensor:
         """The rows' values (R,) of the real pairs (P,)."""
@@ -86,7 +90,9 @@ def round_up(rows: int, multiple: int) -> int:
     return -(-rows // multiple) * multiple
 
 
-def plan_tiles(assignment: Assignment, tile_rows: int, row_multiple: int = 1, call_rows: int = 0) -> TilePlan:
+def plan_tiles(
+    assignment: Assignment, tile_rows: int, row_multiple: int = 1, call_rows: int = 0, alone: float = 1.0
+) -> TilePlan:
     """Lay the pairs out in tiles of about `tile_rows` rows.
 
     Small experts share a tile, so that one elementwise call serves them all; an expert of more than `tile_rows`
@@ -98,10 +104,11 @@ def plan_tiles(assignment: Assignment, tile_rows: int, row_multiple: int = 1, ca
         row_multiple: each expert's rows are rounded up (`round_up`), to keep the number of matrix shapes small.
         call_rows: a matrix product costs as much as this many rows before it starts. Neighbouring experts join one
             batched product when the padding that takes (to the largest load among them) costs less.
+        alone: how many times as long a row takes in a product of one expert, which several threads share badly.
     """
     offsets = assignment.offsets_E1.tolist()
     loads = [stop - start for start, stop in pairwise(offsets)]
-    cutting = _Cutting([round_up(load, row_multiple) for load in loads], tile_rows, call_rows)
+    cutting = _Cutting([round_up(load, row_multiple) for load in loads], tile_rows, call_rows, alone)
     runs = cutting.halves(0, len(loads))[1]
     rows = [0] * len(loads)
     for run in runs:
@@ -118,6 +125,7 @@ def plan_tiles(assignment: Assignment, tile_rows: int, row_multiple: int = 1, ca
         token_R=token_R,
         row_P=row_P,
         max_rows=max((tile.stop - tile.start for tile in tiles), default=0),
+        tokens=assignment.num_tokens,
         idle_experts=tuple(expert for expert, count in enumerate(rows) if count == 0),
         padding=padding,
     )
@@ -135,8 +143,9 @@ class _Cutting:
     loads: list[int]
     tile_rows: int
     call_rows: int
+    alone: float
 
-    def halves(self, first: int, count: int) -> tuple[int, list[Run]]:
+    def halves(self, first: int, count: int) -> tuple[float, list[Run]]:
         """Cost in rows, and runs, of `count` experts from `first` on: one product, or those of either half.
 
         Runs end up with 1, 2, 4, 8 ... experts but at the end of the list, so that few shapes occur, which matters
@@ -146,7 +155,7 @@ class _Cutting:
         if not widest:
             return 0, []
         if count == 1:
-            return self.call_rows + widest, self._pieces(first)
+            return self.call_rows + self.alone * widest, self._pieces(first)
         left = 1 << (count - 1).bit_length() - 1
         cost, runs = self.halves(first, left)
         more_cost, more_runs = self.halves(first + left, count - left)
