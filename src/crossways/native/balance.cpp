@@ -7,6 +7,9 @@
 // one that has too few. Prices keep all costs non-negative, so that Dijkstra's algorithm finds the chain among E
 // nodes.
 //
+// Few tokens are near to being moved, so that only these are looked at: a chain that costs less than any move of the
+// others, of which it is known how much better their first expert is, is the cheapest of all.
+//
 // Legend: N tokens, E experts, C places per expert.
 #include <omp.h>
 
@@ -22,17 +25,29 @@ template <class Real, bool whole>
 struct Transport : Levelled<Real, whole> {
   using Base = Levelled<Real, whole>;
   using Base::tokens, Base::experts, Base::places, Base::n, Base::wide, Base::price, Base::row, Base::gain;
-  std::vector<double> distance, open;  // (wide): open is the distance of who has not been visited
-  std::vector<int64_t> before;         // (wide): on the cheapest chain
-  std::vector<std::vector<int64_t>> members;
-  std::vector<double> here;    // what members gain where they are
-  std::vector<double> cost;    // (E, wide): the least loss of moving one token of a to b
-  std::vector<int64_t> mover;  // (E, wide): which token that is
+  static constexpr int32_t NONE = -1;
+  Places at;
+  std::vector<double> start;            // (wide): prices at which leads are known
+  double reach = 0, apart = 0;          // who led by more was not looked at; how far prices moved apart since then
+  std::vector<int32_t> first, after;    // (E), (N): an expert's tokens that may be moved, one after the other
+  std::vector<int32_t> members;         // the same of one expert
+  std::vector<double> here;             // what they gain where they are
+  std::vector<double> distance, open;   // (wide): open is the distance of who has not been visited
+  std::vector<int64_t> before;          // (wide): on the cheapest chain
+  std::vector<double> cost;             // (E, wide): the least loss of moving one token of a to b
+  std::vector<int64_t> mover;           // (E, wide): which token that is
 
   Transport(const Real* from, int64_t tokens_, int64_t experts_)
-      : Base(from, tokens_, experts_), distance(wide), open(wide), before(wide), members(experts),
-        cost(experts * wide, FAR), mover(experts * wide, -1) {
-    for (auto& of_expert : members) of_expert.reserve(2 * places);
+      : Base(from, tokens_, experts_), at(this->level()), start(price), first(experts), after(n), distance(wide), open(wide),
+        before(wide), cost(experts * wide), mover(experts * wide) {}
+
+  // Whoever led by so much at most.
+  void look_at(double lead) {
+    reach = lead;
+    std::fill(first.begin(), first.end(), NONE);
+    for (int64_t t = n; t-- > 0;)
+      if (!(at.lead[t] > reach)) after[t] = first[at.expert[t]], first[at.expert[t]] = int32_t(t);
+    for (int64_t a = 0; a < experts; a++) refresh(a);
   }
 
   // Which tokens a loses least by giving away, to every other expert.
@@ -54,8 +69,8 @@ struct Transport : Levelled<Real, whole> {
   }
 
   void look_at_members(int64_t a) {
-    here.clear();
-    for (const int64_t one : members[a]) here.push_back(row(one)[a]);
+    here.clear(), members.clear();
+    for (int32_t t = first[a]; t != NONE; t = after[t]) members.push_back(t), here.push_back(row(t)[a]);
   }
 
   // Of so many times eight experts, in registers.
@@ -64,12 +79,11 @@ struct Transport : Levelled<Real, whole> {
     __m512d least[vectors];
     __m512i who[vectors];
     std::fill_n(least, vectors, _mm512_set1_pd(FAR));
-    std::fill_n(who, vectors, _mm512_set1_epi64(-1));
+    std::fill_n(who, vectors, _mm512_set1_epi64(NONE));
     for (size_t i = 0; i < here.size(); i++) {
-      const int64_t t = members[a][i];
-      const Real* of_t = row(t);
+      const Real* of_t = row(members[i]);
       const __m512d there = _mm512_set1_pd(here[i]);
-      const __m512i name = _mm512_set1_epi64(t);
+      const __m512i name = _mm512_set1_epi64(members[i]);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; v++) {
         const __m512d loss = _mm512_sub_pd(there, gain(of_t, b + 8 * v));
@@ -88,73 +102,104 @@ struct Transport : Levelled<Real, whole> {
   // Whether t, which is new, is that token.
   void consider(int64_t a, int64_t t) {
     const Real* of_t = row(t);
-    const __m512d here = _mm512_set1_pd(of_t[a]);
+    const __m512d here_of_t = _mm512_set1_pd(of_t[a]);
     for (int64_t b = 0; b < wide; b += 8) {
-      const __m512d loss = _mm512_sub_pd(here, gain(of_t, b));
-      const __mmask8 better = _mm512_cmp_pd_mask(loss, _mm512_loadu_pd(&cost[a * wide + b]), _CMP_LT_OQ);
-      _mm512_mask_storeu_pd(&cost[a * wide + b], better, loss);
-      _mm512_mask_storeu_epi64(&mover[a * wide + b], better, _mm512_set1_epi64(t));
+      const __m512d loss = _mm512_sub_pd(here_of_t, gain(of_t, b));
+      const __m512d least = _mm512_loadu_pd(&cost[a * wide + b]);
+      const __m512i who = _mm512_loadu_epi64(&mover[a * wide + b]);
+      const __mmask8 better = _mm512_cmp_pd_mask(loss, least, _CMP_LT_OQ);
+      _mm512_storeu_pd(&cost[a * wide + b], _mm512_min_pd(loss, least));
+      _mm512_storeu_epi64(&mover[a * wide + b], _mm512_mask_mov_epi64(who, better, _mm512_set1_epi64(t)));
     }
     cost[a * wide + a] = FAR;
   }
 
   void move(int64_t t, int64_t a, int64_t b) {
-    members[a].erase(std::find(members[a].begin(), members[a].end(), t));
+    int32_t* link = &first[a];
+    while (*link != t) link = &after[*link];
+    *link = after[t];
     refresh_without(a, t);
-    members[b].push_back(t);
+    after[t] = first[b], first[b] = int32_t(t);
     consider(b, t);
+    at.load[a]--, at.load[b]++, at.expert[t] = int32_t(b);
+    at.lead[t] = -INFINITY;  // to be looked at in any case
   }
 
-  bool has_room(int64_t e) const { return int64_t(members[e].size()) < places; }
+  bool has_room(int64_t e) const { return at.load[e] < places; }
 
-  // The nearest expert that was not visited, -1 if none can be reached.
+  // The nearest expert that was not visited, NONE if none can be reached.
   int64_t nearest() const {
     __m512d least = _mm512_set1_pd(FAR);
     for (int64_t b = 0; b < wide; b += 8) least = _mm512_min_pd(least, _mm512_loadu_pd(&open[b]));
     const double top = _mm512_reduce_min_pd(least);
-    if (top == FAR) return -1;
-    for (int64_t b = 0;; b += 8)
-      if (const __mmask8 here = _mm512_cmp_pd_mask(_mm512_loadu_pd(&open[b]), _mm512_set1_pd(top), _CMP_EQ_OQ))
-        return b + __builtin_ctz(here);
+    if (top == FAR) return NONE;
+    for (int64_t b = 0;; b += 64) {
+      uint64_t found = 0;  // no branches, as who it is cannot be foreseen
+      for (int64_t v = b; v < std::min(b + 64, wide); v += 8)
+        found |= uint64_t(_mm512_cmp_pd_mask(_mm512_loadu_pd(&open[v]), _mm512_set1_pd(top), _CMP_EQ_OQ)) << (v - b);
+      if (found) return b + __builtin_ctzll(found);
+    }
   }
 
-  // The last expert of the cheapest chain from `source` to one that has room.
-  int64_t search(int64_t source) {
+  // The last expert of the cheapest chain from `source` to one that has room, among the moves that are known; NONE if
+  // it leads nowhere.
+  int64_t known_chain(int64_t source) {
     std::fill(distance.begin(), distance.end(), FAR);
     std::fill(open.begin(), open.end(), FAR);
     distance[source] = open[source] = 0;
     int64_t a;
-    while (!has_room(a = nearest())) {
+    while ((a = nearest()) != NONE && !has_room(a)) {
       open[a] = FAR;
       const __m512d so_far = _mm512_set1_pd(distance[a] + price[a]), nearer_than_a = _mm512_set1_pd(distance[a]);
       for (int64_t b = 0; b < wide; b += 8) {
         __m512d there = _mm512_add_pd(so_far, _mm512_loadu_pd(&cost[a * wide + b]));
         // Rounding may leave a cost just below zero; visited ones then stay as near as they are.
         there = _mm512_max_pd(_mm512_sub_pd(there, _mm512_loadu_pd(&price[b])), nearer_than_a);
-        const __mmask8 nearer = _mm512_cmp_pd_mask(there, _mm512_loadu_pd(&distance[b]), _CMP_LT_OQ);
-        _mm512_mask_storeu_pd(&distance[b], nearer, there);
-        _mm512_mask_storeu_pd(&open[b], nearer, there);
-        _mm512_mask_storeu_epi64(&before[b], nearer, _mm512_set1_epi64(a));
+        const __m512d known = _mm512_loadu_pd(&distance[b]);
+        const __mmask8 nearer = _mm512_cmp_pd_mask(there, known, _CMP_LT_OQ);
+        // Whole vectors, as what is stored under a mask has to reach the cache before it can be read again.
+        _mm512_storeu_pd(&distance[b], _mm512_min_pd(there, known));
+        _mm512_storeu_pd(&open[b], _mm512_mask_mov_pd(_mm512_loadu_pd(&open[b]), nearer, there));
+        const __m512i last = _mm512_loadu_epi64(&before[b]);
+        _mm512_storeu_epi64(&before[b], _mm512_mask_mov_epi64(last, nearer, _mm512_set1_epi64(a)));
       }
     }
-    const double end = distance[a];
-    for (int64_t e = 0; e < experts; e++) price[e] += std::min(distance[e], end);
     return a;
+  }
+
+  // The same among all moves: who was not looked at still leads by as much of `reach` as prices did not move apart.
+  int64_t search(int64_t source) {
+    int64_t last;
+    while ((last = known_chain(source)) == NONE || apart + distance[last] > reach)
+      look_at(reach < at.mean ? at.mean : FAR);
+    raise(_mm512_set1_pd(distance[last]));
+    return last;
+  }
+
+  // Prices, by the distances up to the end of a chain.
+  void raise(__m512d end) {
+    __m512d least = _mm512_set1_pd(FAR), most = _mm512_set1_pd(-FAR);
+    for (int64_t e = 0; e < wide; e += 8) {
+      const __mmask8 real = lanes_of_8(experts - e);
+      const __m512d rise = _mm512_min_pd(_mm512_loadu_pd(&distance[e]), end);
+      const __m512d now = _mm512_add_pd(_mm512_loadu_pd(&price[e]), rise);
+      const __m512d moved = _mm512_sub_pd(now, _mm512_loadu_pd(&start[e]));
+      _mm512_storeu_pd(&price[e], now);
+      least = _mm512_mask_min_pd(least, real, least, moved), most = _mm512_mask_max_pd(most, real, most, moved);
+    }
+    apart = _mm512_reduce_max_pd(most) - _mm512_reduce_min_pd(least);
   }
 
   // `each(t, e)` for every token and its expert. False, without any, if some gain is not finite.
   template <class Each>
   bool solve(Each each) {
-    if (!this->turn()) return false;
-    const std::vector<int64_t> start = this->level();
-    for (int64_t t = 0; t < n; t++) members[start[t]].push_back(t);
-    for (int64_t a = 0; a < experts; a++) refresh(a);
+    if (!this->finite()) return false;
+    // Loads differ by a few tokens, and so prices will move by a part of the mean lead.
+    if (at.excess) look_at(at.mean / 2);
     for (int64_t source = 0; source < experts; source++)
-      while (int64_t(members[source].size()) > places)
+      while (at.load[source] > places)
         for (int64_t b = search(source); b != source; b = before[b]) move(mover[before[b] * wide + b], before[b], b);
-    for (int64_t e = 0; e < experts; e++)
-      for (int64_t t : members[e])
-        if (t < tokens) each(t, e);
+    for (int64_t t = 0; t < tokens; t++) each(t, at.expert[t]);
     return true;
   }
 };
@@ -194,8 +239,7 @@ int crossways_bits_of_balanced(const float* gain, const int64_t* starts, int64_t
                                uint64_t* words, int64_t threads) {
   const Bits bits(words, experts);
   return solve_groups(gain, starts, groups, experts, threads, [=](int64_t t, int64_t e) {
-    std::fill_n(bits.of(t), bits.width, 0);
-    bits.add(t, e);
+    for (int64_t w = 0; w < bits.width; w++) bits.of(t)[w] = e / 64 == w ? uint64_t(1) << e % 64 : 0;
   });
 }
 }
