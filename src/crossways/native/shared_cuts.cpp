@@ -1,31 +1,83 @@
 // The greatest pairs of each group of tokens, all its pairs competing for one budget: top-c, and the cutoff of its twin.
 //
 // By halving: count what lies above a key halfway between two others, until the count is the budget. What cannot
-// matter any more is dropped on the way, so that all of it takes a few passes.
+// matter any more is dropped on the way, so that all of it takes a few passes. Of many tokens a sample says first between
+// which keys the cut lies, and only these are kept: all would not stay in the cache.
 //
 // Legend: T tokens, E experts, G groups of N tokens.
+#include <cmath>
+
 #include "cuts.h"
 
 namespace {
+
+// Of some tokens, those keys that lie above `bottom` and up to `top`.
+struct Between {
+  std::vector<int32_t> key;
+  int64_t kept = 0, above = 0;  // how many these are, and how many lie above `top`
+
+  void load(const float* x, const Allowed& may, const Groups& groups, int64_t g, int64_t begin, int64_t end,
+            int32_t bottom, int32_t top) {
+    const int64_t pieces = (may.experts + 15) / 16;
+    const __m512i least = _mm512_set1_epi32(bottom), most = _mm512_set1_epi32(top);
+    for (int64_t i = begin; i < end; i++) {
+      if (kept + 16 * pieces > int64_t(key.size())) key.resize(2 * key.size() + 64 * pieces);
+      for (int64_t piece = 0; piece < pieces; piece++) {
+        __builtin_prefetch(x + groups.token(g, i + 16) * may.experts + 16 * piece);
+        const __m512i here = keys_at(x, may, groups.token(g, i), piece);
+        const __mmask16 higher = _mm512_cmpgt_epi32_mask(here, most);
+        const __mmask16 stays = _mm512_mask_cmpgt_epi32_mask(__mmask16(~higher), here, least);
+        above += __builtin_popcount(higher);
+        _mm512_storeu_si512(&key[kept], _mm512_maskz_compress_epi32(stays, here));  // no branch: none is foreseen
+        kept += __builtin_popcount(stays);
+      }
+    }
+  }
+};
 
 // A group's keys in whole vectors, shared by some threads.
 struct Keys {
   std::vector<int32_t> key;
   int64_t threads;
-  int32_t low, high;  // the least and the greatest of those that take part
+  int32_t low, high;    // the least and the greatest of those that take part, or bounds of where the cut lies
+  int64_t dropped = 0;  // how many keys, not among these, lie above `high`
 
   explicit Keys(int64_t threads_) : threads(threads_) {}
 
   void load(const float* x, const Allowed& may, const Groups& groups, int64_t g) {
     const int64_t pieces = (may.experts + 15) / 16;
     key.resize(16 * pieces * groups.n);
-    low = INT32_MAX, high = NOBODY;
+    low = INT32_MAX, high = NOBODY, dropped = 0;
     if (threads == 1) return load_part(x, may, groups, g, 0, groups.n, low, high);
     int32_t least = low, most = high;
 #pragma omp parallel for num_threads(threads) reduction(min : least) reduction(max : most)
     for (int64_t part = 0; part < threads; part++)
       load_part(x, may, groups, g, groups.n * part / threads, groups.n * (part + 1) / threads, least, most);
     low = least, high = most;
+  }
+
+  // Those above `bottom` up to `top` alone. False, and nothing of use, if the cut at this budget is not among them.
+  bool load_between(const float* x, const Allowed& may, const Groups& groups, int64_t g, int32_t bottom, int32_t top,
+                    int64_t budget) {
+    std::vector<Between> parts(threads);
+    auto load_one = [&](int64_t part) {
+      parts[part].load(x, may, groups, g, groups.n * part / threads, groups.n * (part + 1) / threads, bottom, top);
+    };
+    if (threads == 1) {
+      load_one(0);
+    } else {
+#pragma omp parallel for num_threads(threads)
+      for (int64_t part = 0; part < threads; part++) load_one(part);
+    }
+    int64_t kept = 0;
+    dropped = 0;
+    for (const Between& part : parts) kept += part.kept, dropped += part.above;
+    if (dropped >= budget || dropped + kept <= budget) return false;
+    key.clear();
+    for (const Between& part : parts) key.insert(key.end(), part.key.begin(), part.key.begin() + part.kept);
+    key.resize((kept + 15) / 16 * 16, NOBODY);
+    low = bottom + 1, high = top;
+    return true;
   }
 
   int64_t above(int32_t line) const {
@@ -89,7 +141,7 @@ struct Keys {
 
 Cut cut_of(Keys& keys, int64_t budget) {
   if (budget <= 0) return NOTHING;
-  int64_t above_low = keys.above(NOBODY), above_high = 0, dropped = 0;
+  int64_t dropped = keys.dropped, above_low = dropped + keys.above(NOBODY), above_high = dropped;
   if (budget >= above_low) return EVERYTHING;
   int32_t low = keys.low - 1, high = keys.high;  // more than the budget lies above `low`, less above `high`
   while (low + 1 < high) {
@@ -104,6 +156,25 @@ Cut cut_of(Keys& keys, int64_t budget) {
     }
   }
   return {high, budget - above_high};
+}
+
+// Loads what the cut at this budget lies among. Of many tokens a sample says between which keys that is, but for one
+// time in thousands.
+void load(Keys& keys, const float* x, const Allowed& may, const Groups& groups, int64_t g, int64_t budget) {
+  constexpr int64_t MANY = 1024;
+  if (groups.n >= MANY && budget > 0) {
+    const int64_t step = groups.n / std::clamp<int64_t>(groups.n / 16, MANY / 4, 2 * MANY);
+    const Groups some{groups.count, (groups.n + step - 1) / step, groups.across, groups.along * step};
+    Keys sample(1);
+    sample.load(x, may, some, g);
+    Keys again = sample;  // as cutting drops keys
+    const double share = double(budget) * double(some.n) / double(groups.n);
+    const double doubt = 6 * std::sqrt(share) + 2;  // standard deviations; a token's scores depend on each other
+    const Cut least = cut_of(sample, std::llround(share + doubt)), most = cut_of(again, std::llround(share - doubt));
+    const int32_t bottom = least.ties ? least.key - 1 : least.key;
+    if (keys.load_between(x, may, groups, g, bottom, most.key, budget)) return;
+  }
+  keys.load(x, may, groups, g);
 }
 
 // NaN, whose key is the greatest, if the cut takes nothing.
@@ -153,7 +224,7 @@ void crossways_shared_cuts(const float* x, const uint64_t* allowed, const int64_
   const Allowed may(allowed, experts);
   const Bits bits(words, experts);
   auto decide = [&](Keys& keys, int64_t g) {
-    keys.load(x, may, groups, g);
+    load(keys, x, may, groups, g, budget[g * budget_step]);
     const Cut cut = cut_of(keys, budget[g * budget_step]);
     if (least) least[g] = least_of(keys, cut);
     if (!words) return;
