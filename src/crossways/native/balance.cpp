@@ -38,8 +38,8 @@ struct Transport : Levelled<Real, whole> {
   std::vector<int64_t> mover;           // (E, wide): which token that is
 
   Transport(const Real* from, int64_t tokens_, int64_t experts_)
-      : Base(from, tokens_, experts_), at(this->level()), start(price), first(experts), after(n), distance(wide), open(wide),
-        before(wide), cost(experts * wide), mover(experts * wide) {}
+      : Base(from, tokens_, experts_), at(this->level()), start(price), first(experts), after(n), distance(wide),
+        open(wide), before(wide), cost(experts * wide), mover(experts * wide) {}
 
   // Whoever led by so much at most.
   void look_at(double lead) {

@@ -30,7 +30,8 @@ template <class Join4, class Join16>
 inline __m128 across(const __m512* row, Join16 join, Join4 join_last) {
   auto two = [&](__m512 a, __m512 b) { return join(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
   const __m512d low = _mm512_castps_pd(two(row[0], row[1])), high = _mm512_castps_pd(two(row[2], row[3]));
-  const __m512 four = join(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  const __m512 four =
+      join(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
   return join_last(join_last(_mm512_castps512_ps128(four), _mm512_extractf32x4_ps(four, 1)),
                    join_last(_mm512_extractf32x4_ps(four, 2), _mm512_extractf32x4_ps(four, 3)));
 }
