@@ -5,6 +5,7 @@ Legend: N tokens, E experts.
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from crossways.native import routing, why_not_native
 from crossways.rules.select.base_layer import _solved
@@ -23,7 +24,7 @@ def gains_of(kind, tokens, experts):
         gain_NE = 5 * gain_NE
         gain_NE[:, 0] += 30
     if kind == "sure":  # nobody is near to being moved
-        return gain_NE.softmax(-1).round() + 50 * torch.nn.functional.one_hot(gain_NE[:, : experts // 2].argmax(-1), experts)
+        return gain_NE.softmax(-1) + 50 * one_hot(gain_NE[:, : experts // 2].argmax(-1), experts)
     if kind == "alike":
         return torch.randn(tokens, 4).repeat(1, experts // 4 + 1)[:, :experts] + 1e-3 * gain_NE
     return gain_NE
