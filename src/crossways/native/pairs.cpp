@@ -62,7 +62,7 @@ void expect(const Allowed& bits, const float* matrix, int64_t t) {
 template <bool weigh>
 void write_part(const Allowed& bits, int64_t begin, int64_t end, int64_t* to, const float* matrix, int64_t* token,
                 float* weight) {
-  constexpr int64_t AHEAD = 32;  // tokens
+  constexpr int64_t AHEAD = 16;  // tokens
   for (int64_t t = begin; weigh && t < std::min(begin + AHEAD, end); t++) expect(bits, matrix, t);
   for (int64_t t = begin; t < end; t++) {
     if (weigh && t + AHEAD < end) expect(bits, matrix, t + AHEAD);

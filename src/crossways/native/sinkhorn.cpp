@@ -1,14 +1,12 @@
 // Sinkhorn's iteration: scales of rows and columns at which every token supplies and every expert demands the same; and
 // each token's greatest entries at these scales.
 //
-// The exponentials are in `exponentials.h`, the iteration in `column_scales.h`, a choice that is certain after faster
-// ones in `sinkhorn_floats.h`.
+// The exponentials are in `exponentials.h`, the iteration in `column_scales.h`.
 //
 // Legend: T tokens, E experts, G groups of N tokens.
 #include <memory>
 
 #include "column_scales.h"
-#include "sinkhorn_floats.h"
 #include "sixteen.h"
 
 namespace {
@@ -110,9 +108,6 @@ void crossways_bits_of_sinkhorn(const float* logits, const uint8_t* valid, const
   const std::unique_ptr<float[]> room(new float[rooms * size]);
   for_groups(groups, threads, [&](int64_t g, int64_t by) {
     float* mass = room.get() + (rooms == 1 ? 0 : omp_get_thread_num()) * size;
-    if (!valid && !allowed &&
-        chosen_in_floats(logits + g * size, n, experts, mass, bits, g * n, k, most, tolerance, by))
-      return;
     const Group group{{logits + g * size, valid ? valid + g * n : nullptr, n, experts, mass}, by};
     group.choose(group.balance(most, tolerance), may, bits, g * n, k);
   });
